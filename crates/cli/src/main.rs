@@ -1,0 +1,2 @@
+//! The `limosa` program.
+fn main() {}

@@ -1,0 +1,18 @@
+//! Safe, typed wrappers over the Linux kernel interfaces that no well-kept crate covers.
+//!
+//! All `unsafe` of the workspace lives here and in `limosa-puppet`. A module here knows one kernel
+//! interface and nothing about checkpoints: it takes descriptors, PIDs and plain structs, and gives
+//! back plain structs or a [`Error`] that says which call failed on what.
+#![allow(unsafe_code)]
+
+mod error;
+pub mod fault;
+pub mod memory;
+pub mod mount;
+pub mod net;
+pub mod pagemap;
+pub mod proc;
+pub mod ptrace;
+pub mod task;
+
+pub use error::{Error, Result};

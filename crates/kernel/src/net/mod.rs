@@ -1,0 +1,1 @@
+//! Sockets and network configuration beyond what the socket API gives.

@@ -1,0 +1,1 @@
+//! limosa-puppet
