@@ -3,8 +3,7 @@
 //! With the feature `fault`, every wrapper in this crate that changes or reads a foreign process, and
 //! every write of a checkpoint or message of a migration, passes [`point`]. The environment variable
 //! `LIMOSA_KILL_AT=N` makes the N-th passage end the process with `SIGKILL`, exactly as `kill -9` from
-//! outside would; `LIMOSA_COUNT_POINTS=FILE` writes the number of passages to FILE at exit.
-//! Without the feature the function is empty.
+//! outside would; [`passed`] tells how many there were. Without the feature the function is empty.
 
 /// One operation on the kernel is about to happen.
 #[inline]

@@ -1,1 +1,181 @@
-//! task
+//! Threads and processes as the kernel sees them: pidfds, kcmp(2), scheduling, robust lists, signals.
+
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+
+use crate::fault;
+use crate::{Error, Result};
+
+/// A descriptor for process `pid` (pidfd_open(2)).
+pub fn pidfd_open(pid: i32) -> Result<OwnedFd> {
+    fault::point();
+    // SAFETY: takes numbers only; a result that is not negative is a new descriptor that we own.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_pidfd_open, pid, 0);
+        if fd < 0 {
+            return Err(Error::last("pidfd_open", format_args!("process {pid}")));
+        }
+        Ok(OwnedFd::from_raw_fd(fd as i32))
+    }
+}
+
+/// A duplicate, close-on-exec, of descriptor `fd` of the process behind `pidfd` (pidfd_getfd(2)).
+pub fn pidfd_getfd(pidfd: impl AsFd, fd: i32) -> Result<OwnedFd> {
+    fault::point();
+    // SAFETY: takes numbers only; a result that is not negative is a new descriptor that we own.
+    unsafe {
+        let copy = libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_fd().as_raw_fd(), fd, 0);
+        if copy < 0 {
+            return Err(Error::last("pidfd_getfd", format_args!("descriptor {fd}")));
+        }
+        Ok(OwnedFd::from_raw_fd(copy as i32))
+    }
+}
+
+/// What kcmp(2) can compare of two processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Comparison {
+    /// Open file descriptions.
+    File = 0,
+    /// Address spaces.
+    Vm = 1,
+    /// Descriptor tables.
+    Files = 2,
+    /// Working directory, root and umask.
+    Fs = 3,
+    /// Signal handlers.
+    Sighand = 4,
+    /// I/O contexts.
+    Io = 5,
+    /// System V semaphore undo lists.
+    Sysvsem = 6,
+}
+
+/// How two kernel objects lie in kcmp's (arbitrary but stable) order.
+pub fn kcmp(pid1: i32, pid2: i32, what: Comparison, index1: u64, index2: u64) -> Result<std::cmp::Ordering> {
+    fault::point();
+    // SAFETY: takes numbers only.
+    match unsafe { libc::syscall(libc::SYS_kcmp, pid1, pid2, what as i32, index1, index2) } {
+        0 => Ok(std::cmp::Ordering::Equal),
+        1 => Ok(std::cmp::Ordering::Less),
+        2 | 3 => Ok(std::cmp::Ordering::Greater),
+        _ => Err(Error::last("kcmp", format_args!("processes {pid1} and {pid2}"))),
+    }
+}
+
+/// Head address and length of a thread's robust futex list (get_robust_list(2)).
+pub fn robust_list(tid: i32) -> Result<(u64, u64)> {
+    fault::point();
+    let (mut head, mut length) = (0_u64, 0_u64);
+    // SAFETY: both pointers are to live u64 values.
+    let result = unsafe { libc::syscall(libc::SYS_get_robust_list, tid, &raw mut head, &raw mut length) };
+    if result < 0 {
+        return Err(Error::last("get_robust_list", format_args!("thread {tid}")));
+    }
+    Ok((head, length))
+}
+
+/// `struct sched_attr`, first published size plus utilization clamps (sched_setattr(2)).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct SchedulingAttributes {
+    /// Size of this structure, 56.
+    pub size: u32,
+    /// `SCHED_*`.
+    pub policy: u32,
+    /// `SCHED_FLAG_*`.
+    pub flags: u64,
+    /// Nice value of `SCHED_OTHER` and `SCHED_BATCH`.
+    pub nice: i32,
+    /// Static priority of the real-time policies.
+    pub priority: u32,
+    /// Deadline policy: nanoseconds; on Linux 6.12 and newer also the slice of fair policies.
+    pub runtime: u64,
+    /// Deadline policy: nanoseconds.
+    pub deadline: u64,
+    /// Deadline policy: nanoseconds.
+    pub period: u64,
+    /// Utilization clamp, lower.
+    pub util_min: u32,
+    /// Utilization clamp, upper.
+    pub util_max: u32,
+}
+
+/// A thread's scheduling policy and parameters.
+pub fn scheduling(tid: i32) -> Result<SchedulingAttributes> {
+    fault::point();
+    let mut attributes = SchedulingAttributes::default();
+    let size = size_of::<SchedulingAttributes>();
+    // SAFETY: the pointer is to a live structure of `size` bytes.
+    let result = unsafe { libc::syscall(libc::SYS_sched_getattr, tid, &raw mut attributes, size, 0) };
+    if result < 0 {
+        return Err(Error::last("sched_getattr", format_args!("thread {tid}")));
+    }
+    Ok(attributes)
+}
+
+/// The processors a thread may run on, 64 in each word.
+pub fn affinity(tid: i32) -> Result<Vec<u64>> {
+    fault::point();
+    let mut mask = vec![0_u64; 128];
+    // SAFETY: the buffer is live and `mask.len() * 8` bytes long.
+    let bytes = unsafe { libc::syscall(libc::SYS_sched_getaffinity, tid, mask.len() * 8, mask.as_mut_ptr()) };
+    if bytes < 0 {
+        return Err(Error::last("sched_getaffinity", format_args!("thread {tid}")));
+    }
+    mask.truncate(bytes as usize / 8);
+    while mask.len() > 1 && mask.last() == Some(&0) {
+        mask.pop();
+    }
+    Ok(mask)
+}
+
+/// A thread's I/O priority as `ioprio_get(2)` encodes it.
+pub fn io_priority(tid: i32) -> Result<u32> {
+    const IOPRIO_WHO_PROCESS: i32 = 1;
+    fault::point();
+    // SAFETY: takes numbers only.
+    let result = unsafe { libc::syscall(libc::SYS_ioprio_get, IOPRIO_WHO_PROCESS, tid) };
+    if result < 0 {
+        return Err(Error::last("ioprio_get", format_args!("thread {tid}")));
+    }
+    Ok(result as u32)
+}
+
+/// Sends `signal` to one thread of a process (tgkill(2)).
+pub fn signal_thread(pid: i32, tid: i32, signal: i32) -> Result<()> {
+    fault::point();
+    // SAFETY: takes numbers only.
+    if unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, signal) } < 0 {
+        return Err(Error::last("tgkill", format_args!("thread {tid}")));
+    }
+    Ok(())
+}
+
+/// Sends `signal` to a process (kill(2)).
+pub fn signal_process(pid: i32, signal: i32) -> Result<()> {
+    fault::point();
+    // SAFETY: takes numbers only.
+    if unsafe { libc::kill(pid, signal) } < 0 {
+        return Err(Error::last("kill", format_args!("process {pid}")));
+    }
+    Ok(())
+}
+
+/// Puts a signal with its full `siginfo_t` into the queue of a thread (`rt_tgsigqueueinfo`), or of the
+/// whole process if `tid` is `None`. The kernel accepts kernel-made codes (`si_code >= 0`) only from
+/// the thread itself.
+pub fn queue_signal(pid: i32, tid: Option<i32>, signal: i32, info: &crate::ptrace::RawSiginfo) -> Result<()> {
+    fault::point();
+    // SAFETY: `info` is 128 live bytes, the size of siginfo_t.
+    let result = unsafe {
+        match tid {
+            Some(tid) => libc::syscall(libc::SYS_rt_tgsigqueueinfo, pid, tid, signal, info.as_ptr()),
+            None => libc::syscall(libc::SYS_rt_sigqueueinfo, pid, signal, info.as_ptr()),
+        }
+    };
+    if result < 0 {
+        return Err(Error::last("rt_sigqueueinfo", format_args!("process {pid}")));
+    }
+    Ok(())
+}
