@@ -1,0 +1,1 @@
+//! The parsers against lines made up, by hand and at random.
