@@ -1,0 +1,203 @@
+//! Writing `memory.pages`: buffered, checksummed on the way, each page at most once in the file.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use limosa_kernel::fault;
+
+use crate::error::WriteError;
+use crate::index::{CHUNK, Extent, Index, SpaceId};
+use crate::sink::check_pages;
+
+/// How much is collected before it is written: large enough that system calls do not count, small enough
+/// to stay in the cache.
+const BUFFER: usize = 512 << 10;
+/// From here on data is written where it lies.
+const DIRECT: usize = 256 << 10;
+
+/// An extent that is still growing.
+struct Piece {
+    length: u64,
+    offset: u64,
+    checksums: Vec<u32>,
+}
+
+/// The file `memory.pages` and its index, while they are made.
+pub(crate) struct PageStore {
+    file: File,
+    path: PathBuf,
+    /// The length of the file once the buffer is written.
+    length: u64,
+    buffer: Vec<u8>,
+    /// By space and start.
+    pieces: BTreeMap<(SpaceId, u64), Piece>,
+    /// Chunks (by their piece and number) that were overwritten, so that their checksums are wrong.
+    stale: BTreeSet<(SpaceId, u64, u64)>,
+}
+
+impl PageStore {
+    /// An empty store in `file`, which is readable, and is called `path` in errors.
+    pub(crate) fn new(file: File, path: PathBuf) -> Self {
+        Self { file, path, length: 0, buffer: Vec::new(), pieces: BTreeMap::new(), stale: BTreeSet::new() }
+    }
+
+    /// Adds whole pages; those that are there already are overwritten in place.
+    pub(crate) fn add(&mut self, space: SpaceId, start: u64, data: &[u8]) -> Result<(), WriteError> {
+        check_pages(space, start, data.len())?;
+        let (mut start, mut data) = (start, data);
+        while !data.is_empty() {
+            let before = self.pieces.range(..=(space, start)).next_back();
+            let before =
+                before.filter(|((owner, _), _)| *owner == space).map(|((_, at), piece)| (*at, piece));
+            let count = match before {
+                Some((at, piece)) if at + piece.length > start => {
+                    let count = data.len().min((at + piece.length - start) as usize);
+                    let offset = piece.offset + (start - at);
+                    self.overwrite((space, at), start - at, offset, &data[..count])?;
+                    count
+                }
+                _ => {
+                    let before = before.map(|(at, _)| at);
+                    let next = self.pieces.range((space, start)..).next();
+                    let free = match next {
+                        Some(((owner, at), _)) if *owner == space => (at - start) as usize,
+                        _ => usize::MAX,
+                    };
+                    let count = data.len().min(free);
+                    self.append(space, before, start, &data[..count])?;
+                    count
+                }
+            };
+            start += count as u64;
+            data = &data[count..];
+        }
+        Ok(())
+    }
+
+    /// Adds pages at the end of the file, to the piece that begins at `before` if they continue it.
+    fn append(
+        &mut self,
+        space: SpaceId,
+        before: Option<u64>,
+        start: u64,
+        data: &[u8],
+    ) -> Result<(), WriteError> {
+        let continued = before.filter(|at| {
+            self.pieces
+                .get(&(space, *at))
+                .is_some_and(|piece| at + piece.length == start && piece.offset + piece.length == self.length)
+        });
+        self.write(data)?;
+        let offset = self.length;
+        self.length += data.len() as u64;
+        self.pieces
+            .entry((space, continued.unwrap_or(start)))
+            .or_insert_with(|| Piece { length: 0, offset, checksums: Vec::new() })
+            .grow(data);
+        Ok(())
+    }
+
+    /// Replaces the bytes from `at` on of the piece `key`, which are at `offset` in the file.
+    fn overwrite(
+        &mut self,
+        key: (SpaceId, u64),
+        at: u64,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), WriteError> {
+        self.flush()?;
+        write_at(&self.file, &self.path, offset, data)?;
+        let last = (at + data.len() as u64 - 1) / CHUNK;
+        self.stale.extend((at / CHUNK..=last).map(|chunk| (key.0, key.1, chunk)));
+        Ok(())
+    }
+
+    fn write(&mut self, data: &[u8]) -> Result<(), WriteError> {
+        if data.len() >= DIRECT {
+            self.flush()?;
+            return write_at(&self.file, &self.path, self.length, data);
+        }
+        if self.buffer.len() + data.len() > BUFFER {
+            self.flush()?;
+        }
+        self.buffer.extend_from_slice(data);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), WriteError> {
+        if !self.buffer.is_empty() {
+            let offset = self.length - self.buffer.len() as u64;
+            write_at(&self.file, &self.path, offset, &self.buffer)?;
+            self.buffer.clear();
+        }
+        Ok(())
+    }
+
+    /// Computes anew the checksums of what was overwritten.
+    fn refresh(&mut self) -> Result<(), WriteError> {
+        let mut buffer = vec![0; if self.stale.is_empty() { 0 } else { CHUNK as usize }];
+        for (space, start, chunk) in std::mem::take(&mut self.stale) {
+            let Some(piece) = self.pieces.get_mut(&(space, start)) else { continue };
+            let at = chunk * CHUNK;
+            let bytes = &mut buffer[..(piece.length - at).min(CHUNK) as usize];
+            let offset = piece.offset + at;
+            self.file
+                .read_exact_at(bytes, offset)
+                .map_err(|error| WriteError::io("pread", &self.path, offset, error))?;
+            piece.checksums[chunk as usize] = crc32c::crc32c(bytes);
+        }
+        Ok(())
+    }
+
+    /// Writes what is still buffered; returns the file and its index.
+    pub(crate) fn finish(mut self) -> Result<(File, Index), WriteError> {
+        self.flush()?;
+        self.refresh()?;
+        let mut index = Index { pages_length: self.length, ..Index::default() };
+        index.extents.reserve_exact(self.pieces.len());
+        for ((space, start), piece) in self.pieces {
+            let first_checksum = index.checksums.len() as u64;
+            let (length, offset) = (piece.length, piece.offset);
+            index.extents.push(Extent { space, start, length, offset, first_checksum });
+            index.checksums.extend_from_slice(&piece.checksums);
+        }
+        Ok((self.file, index))
+    }
+}
+
+impl Piece {
+    /// Takes `data` into the length and the checksums.
+    fn grow(&mut self, mut data: &[u8]) {
+        while !data.is_empty() {
+            let filled = self.length % CHUNK;
+            let (now, later) = data.split_at(data.len().min((CHUNK - filled) as usize));
+            match self.checksums.last_mut() {
+                Some(last) if filled > 0 => *last = crc32c::crc32c_append(*last, now),
+                _ => self.checksums.push(crc32c::crc32c(now)),
+            }
+            self.length += now.len() as u64;
+            data = later;
+        }
+    }
+}
+
+/// Writes all of `data` at `offset`; a full filesystem is told with what was written before.
+pub(crate) fn write_at(file: &File, path: &Path, offset: u64, data: &[u8]) -> Result<(), WriteError> {
+    let mut done = 0;
+    while done < data.len() {
+        fault::point();
+        match file.write_at(&data[done..], offset + done as u64) {
+            Ok(0) => {
+                let error = io::Error::from(io::ErrorKind::WriteZero);
+                return Err(WriteError::io("pwrite", path, offset + done as u64, error));
+            }
+            Ok(count) => done += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(WriteError::io("pwrite", path, offset + done as u64, error)),
+        }
+    }
+    Ok(())
+}
