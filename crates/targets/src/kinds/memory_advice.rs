@@ -1,0 +1,67 @@
+//! What `madvise(2)` and `mlock(2)` said about a mapping, as the kernel shows it in `/proc/self/smaps`.
+
+use anyhow::{Context, Result, ensure};
+
+use super::{Setting, Verify};
+use crate::sys::{self, Region};
+
+const PAGE: usize = 4096;
+const LENGTH: usize = 16 * PAGE;
+
+/// Advice, and the flag of smaps that shows it.
+const ADVICE: &[(i32, &str)] = &[
+    (libc::MADV_SEQUENTIAL, "sr"),
+    (libc::MADV_RANDOM, "rr"),
+    (libc::MADV_DONTFORK, "dc"),
+    (libc::MADV_DONTDUMP, "dd"),
+    (libc::MADV_WIPEONFORK, "wf"),
+    (libc::MADV_HUGEPAGE, "hg"),
+    (libc::MADV_NOHUGEPAGE, "nh"),
+    (libc::MADV_MERGEABLE, "mg"),
+];
+
+pub fn set_up(_: &Setting) -> Result<Box<Verify>> {
+    let mut regions = Vec::new();
+    for (seed, (advice, flag)) in ADVICE.iter().enumerate() {
+        let mut region = fresh(seed as u64)?;
+        region.advise(*advice).with_context(|| format!("madvise {advice}"))?;
+        ensure!(has_flag(region, flag)?, "the kernel does not show {flag} after madvise {advice}");
+        sys::fill(region.bytes_mut(), seed as u64);
+        regions.push(region);
+    }
+    let seed = regions.len() as u64;
+    let locked = fresh(seed)?;
+    lock(locked, 0)?;
+    ensure!(has_flag(locked, "lo")?, "the kernel does not show a locked mapping");
+    let on_fault = fresh(seed + 1)?;
+    lock(on_fault, libc::MLOCK_ONFAULT)?;
+    ensure!(has_flag(on_fault, "lf")?, "the kernel does not show a mapping locked on fault");
+    regions.extend([locked, on_fault]);
+
+    let expected = sys::mappings(&regions)?;
+    Ok(Box::new(move || {
+        sys::compare_lines("mappings", &sys::mappings(&regions)?, &expected)?;
+        for (seed, region) in regions.iter().enumerate() {
+            sys::compare("content", region.bytes(), &sys::pattern(LENGTH, seed as u64))?;
+        }
+        Ok(String::new())
+    }))
+}
+
+fn fresh(seed: u64) -> Result<Region> {
+    let mut region = Region::anonymous(LENGTH)?;
+    sys::fill(region.bytes_mut(), seed);
+    Ok(region)
+}
+
+fn lock(region: Region, flags: u32) -> Result<()> {
+    // `mlock2` even without flags: glibc has it, and it says what it means.
+    // SAFETY: the region is mapped.
+    sys::check(i64::from(unsafe { libc::mlock2(region.address() as *const _, LENGTH, flags as _) }))
+        .context("mlock2")?;
+    Ok(())
+}
+
+fn has_flag(region: Region, flag: &str) -> Result<bool> {
+    Ok(sys::mappings(&[region])?.lines().skip(1).step_by(2).any(|flags| flags.split(' ').any(|f| f == flag)))
+}

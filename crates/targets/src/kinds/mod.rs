@@ -1,0 +1,61 @@
+//! One module for each kind of state that a target can hold.
+
+mod events;
+mod files;
+mod heartbeat;
+mod memory;
+mod memory_advice;
+mod memory_file;
+mod memory_shared;
+mod pipes;
+mod registers;
+mod signals;
+mod sleeps;
+mod threads;
+mod timers;
+mod tree;
+
+use anyhow::Result;
+
+use crate::protocol::Protocol;
+
+/// Checks the whole state, leaves it as it was, and gives a detail for the answer (often empty).
+pub type Verify = dyn FnMut() -> Result<String>;
+
+/// Builds a kind's state and gives back what checks it.
+pub type SetUp = fn(&Setting) -> Result<Box<Verify>>;
+
+/// What a kind is given.
+pub struct Setting {
+    /// Where requests come from; gives paths for files of the kind's own.
+    pub protocol: Protocol,
+    /// The rest of the command line.
+    pub options: Vec<String>,
+}
+
+const KINDS: &[(&str, SetUp)] = &[
+    ("events", events::set_up),
+    ("files", files::set_up),
+    ("heartbeat", heartbeat::set_up),
+    ("memory", memory::set_up),
+    ("memory-advice", memory_advice::set_up),
+    ("memory-file", memory_file::set_up),
+    ("memory-shared", memory_shared::set_up),
+    ("pipes", pipes::set_up),
+    ("registers", registers::set_up),
+    ("signals", signals::set_up),
+    ("sleeps", sleeps::set_up),
+    ("threads", threads::set_up),
+    ("timers", timers::set_up),
+    ("tree", tree::set_up),
+];
+
+/// The kind called `name`.
+pub fn find(name: &str) -> Option<SetUp> {
+    KINDS.iter().find(|(kind, _)| *kind == name).map(|(_, set_up)| *set_up)
+}
+
+/// All names, in order.
+pub fn names() -> Vec<&'static str> {
+    KINDS.iter().map(|(name, _)| *name).collect()
+}

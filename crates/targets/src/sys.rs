@@ -1,0 +1,175 @@
+//! The raw calls that several kinds need, with the unsafe part in one place.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr;
+
+use anyhow::{Context, Result};
+use rustix::process::Pid;
+
+/// Turns the C library's −1 into an error.
+pub fn check(returned: i64) -> io::Result<i64> {
+    if returned == -1 { Err(io::Error::last_os_error()) } else { Ok(returned) }
+}
+
+/// Forks; the child runs `body` and exits with its status.
+pub fn fork(body: impl FnOnce() -> i32) -> Result<Pid> {
+    // SAFETY: targets fork while they have one thread, so the child may do whatever its parent could.
+    match check(i64::from(unsafe { libc::fork() }))? {
+        0 => std::process::exit(body()),
+        pid => Pid::from_raw(pid as i32).context("fork returned no process"),
+    }
+}
+
+/// A mapping of this process. It stays mapped as long as the process lives: a target never gives anything back.
+#[derive(Clone, Copy, Debug)]
+pub struct Region {
+    address: usize,
+    length: usize,
+}
+
+impl Region {
+    /// `mmap(2)` anywhere; `file` is a descriptor and an offset, or none for anonymous memory.
+    pub fn map(
+        length: usize,
+        protection: i32,
+        flags: i32,
+        file: Option<(BorrowedFd<'_>, usize)>,
+    ) -> Result<Self> {
+        let (descriptor, offset, flags) = match file {
+            Some((fd, offset)) => (fd.as_raw_fd(), offset, flags),
+            None => (-1, 0, flags | libc::MAP_ANONYMOUS),
+        };
+        // SAFETY: the kernel chooses an address at which nothing is mapped.
+        let address =
+            unsafe { libc::mmap(ptr::null_mut(), length, protection, flags, descriptor, offset as i64) };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error()).with_context(|| format!("mmap of {length} bytes"));
+        }
+        Ok(Self { address: address as usize, length })
+    }
+
+    /// Private anonymous memory that can be read and written, between two pages that cannot, so that the kernel
+    /// merges it with no neighbour. `length` is a multiple of the page size.
+    pub fn anonymous(length: usize) -> Result<Self> {
+        let fenced = Self::map(length + 2 * 4096, libc::PROT_NONE, libc::MAP_PRIVATE, None)?;
+        let region = fenced.part(4096, length);
+        region.protect(libc::PROT_READ | libc::PROT_WRITE)?;
+        Ok(region)
+    }
+
+    /// The part of `length` bytes that begins `offset` bytes into this region.
+    pub fn part(self, offset: usize, length: usize) -> Self {
+        assert!(offset + length <= self.length);
+        Self { address: self.address + offset, length }
+    }
+
+    /// The first byte's address.
+    pub fn address(self) -> usize {
+        self.address
+    }
+
+    /// The bytes. Only for regions that can be read.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: the region is mapped for the life of the process. Another process may write to a shared one;
+        // the callers take turns through the request files.
+        unsafe { std::slice::from_raw_parts(self.address as *const u8, self.length) }
+    }
+
+    /// The bytes, to be written. Only for regions that can be written.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as for `bytes`; a region is written by one thread.
+        unsafe { std::slice::from_raw_parts_mut(self.address as *mut u8, self.length) }
+    }
+
+    /// `madvise(2)`.
+    pub fn advise(self, advice: i32) -> io::Result<()> {
+        // SAFETY: no one relies on the content of regions that are advised away.
+        check(i64::from(unsafe { libc::madvise(self.address as *mut _, self.length, advice) })).map(|_| ())
+    }
+
+    /// `mprotect(2)`.
+    pub fn protect(self, protection: i32) -> io::Result<()> {
+        // SAFETY: callers stop using what they protect.
+        check(i64::from(unsafe { libc::mprotect(self.address as *mut _, self.length, protection) }))
+            .map(|_| ())
+    }
+}
+
+/// The structure of mappings as `/proc/self/smaps` tells it: for each that begins in one of `regions`, its line and its
+/// flags, without those that say what happened to its pages rather than what it is.
+pub fn mappings(regions: &[Region]) -> Result<String> {
+    let text = fs::read_to_string("/proc/self/smaps").context("reading /proc/self/smaps")?;
+    let mut kept = String::new();
+    let mut ours = false;
+    for line in text.lines() {
+        if let Some((start, _)) = line.split_once('-')
+            && let Ok(start) = usize::from_str_radix(start, 16)
+        {
+            ours = regions.iter().any(|r| (r.address..r.address + r.length).contains(&start));
+            if ours {
+                kept.push_str(line);
+                kept.push('\n');
+            }
+        } else if ours && let Some(flags) = line.strip_prefix("VmFlags:") {
+            // "sd" is soft-dirty; "um" and "uw" would be a userfaultfd that Limosa left behind, and are kept.
+            let flags: Vec<_> = flags.split_whitespace().filter(|flag| *flag != "sd").collect();
+            kept.push_str(&flags.join(" "));
+            kept.push('\n');
+        }
+    }
+    Ok(kept)
+}
+
+/// Bytes that depend on `seed` and on their position, so that neither a lost nor a moved page goes unseen.
+pub fn fill(bytes: &mut [u8], seed: u64) {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    for chunk in bytes.chunks_mut(8) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        chunk.copy_from_slice(&state.to_le_bytes()[..chunk.len()]);
+    }
+}
+
+/// The bytes that [`fill`] would write.
+pub fn pattern(length: usize, seed: u64) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    fill(&mut bytes, seed);
+    bytes
+}
+
+/// Where `bytes` first differ from `expected`.
+pub fn compare(what: &str, bytes: &[u8], expected: &[u8]) -> Result<()> {
+    anyhow::ensure!(
+        bytes.len() == expected.len(),
+        "{what}: {} bytes instead of {}",
+        bytes.len(),
+        expected.len()
+    );
+    match bytes.iter().zip(expected).position(|(a, b)| a != b) {
+        None => Ok(()),
+        Some(at) => anyhow::bail!("{what}: byte {at} is {:#x} instead of {:#x}", bytes[at], expected[at]),
+    }
+}
+
+/// Like [`compare`], for texts: names the first line that differs.
+pub fn compare_lines(what: &str, text: &str, expected: &str) -> Result<()> {
+    let (mut now, mut then) = (text.lines(), expected.lines());
+    loop {
+        match (now.next(), then.next()) {
+            (None, None) => return Ok(()),
+            (a, b) if a == b => {}
+            (a, b) => {
+                anyhow::bail!("{what}: {:?} instead of {:?}", a.unwrap_or("nothing"), b.unwrap_or("nothing"))
+            }
+        }
+    }
+}
+
+/// `CLOCK_MONOTONIC`, in nanoseconds.
+pub fn monotonic() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
