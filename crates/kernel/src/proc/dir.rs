@@ -290,7 +290,7 @@ impl ProcDir {
 
     /// Children of all threads, as the reader's PID namespace sees them: `task/TID/children`.
     ///
-    /// Exact only while the threads and the children are stopped (proc_tid_children(5)).
+    /// Exact only while the threads and the children are stopped (`proc_tid_children(5)`).
     pub fn children(&self) -> Result<Vec<i32>> {
         let mut children = Vec::new();
         for tid in self.tasks()? {

@@ -1,4 +1,4 @@
-//! `/proc/PID/fdinfo/N`: an open file's position and flags, and what its kind adds (proc_pid_fdinfo(5)).
+//! `/proc/PID/fdinfo/N`: an open file's position and flags, and what its kind adds (`proc_pid_fdinfo(5)`).
 
 use super::text::{self, Decimal, ParseError, Parsed};
 
@@ -131,7 +131,7 @@ pub struct PidFd {
     pub ns_pid: Vec<i32>,
 }
 
-/// A lock on a file (fs/locks.c, lock_get_status).
+/// A lock on a file (fs/locks.c, `lock_get_status`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileLock {
     /// What kind of lock.

@@ -1,4 +1,4 @@
-//! `/proc/PID/maps` and `/proc/PID/smaps`: the mappings of a process (proc_pid_maps(5), fs/proc/task_mmu.c).
+//! `/proc/PID/maps` and `/proc/PID/smaps`: the mappings of a process (`proc_pid_maps(5)`, `fs/proc/task_mmu.c`).
 //!
 //! ```text
 //! 7f00c0000000-7f00c0021000 rw-p 00000000 fe:00 1234     /path of the file (deleted)

@@ -102,7 +102,7 @@ pub enum TimerNotify {
     Thread,
 }
 
-/// A POSIX timer (`/proc/PID/timers`, timer_create(2)). When it is armed is not told: `timer_gettime` does.
+/// A POSIX timer (`/proc/PID/timers`, `timer_create(2)`). When it is armed is not told: `timer_gettime` does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PosixTimer {
     /// The kernel's ID.
@@ -179,7 +179,7 @@ pub fn parse_auxv(file: &[u8]) -> Parsed<Vec<(u64, u64)>> {
     if file.is_empty() { Ok(pairs) } else { Err(ParseError::new("AT_NULL", b"the auxiliary vector")) }
 }
 
-/// Offsets of a time namespace to the initial one, each as (s, ns) with 0 ≤ ns < 10⁹ (time_namespaces(7)).
+/// Offsets of a time namespace to the initial one, each as (s, ns) with 0 ≤ ns < 10⁹ (`time_namespaces(7)`).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TimensOffsets {
     /// `CLOCK_MONOTONIC`

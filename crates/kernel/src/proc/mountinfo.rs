@@ -1,4 +1,4 @@
-//! `/proc/PID/mountinfo`: the mounts that a process sees (proc_pid_mountinfo(5)).
+//! `/proc/PID/mountinfo`: the mounts that a process sees (`proc_pid_mountinfo(5)`).
 //!
 //! ```text
 //! 36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue
@@ -94,8 +94,8 @@ impl Mount {
     }
 }
 
-/// Without the kernel's escapes of blanks, newlines, backslashes and `#` (fs/proc_namespace.c); options
-/// of some filesystems escape a few bytes more (seq_show_option), so any octal escape counts.
+/// Without the kernel's escapes of blanks, newlines, backslashes and `#` (`fs/proc_namespace.c`); options
+/// of some filesystems escape a few bytes more (`seq_show_option`), so any octal escape counts.
 fn plain(field: &[u8]) -> Vec<u8> {
     text::unescape(field, |_| true).into_owned()
 }

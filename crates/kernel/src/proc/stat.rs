@@ -1,4 +1,4 @@
-//! `/proc/PID/stat`: one line of numbers, and a name that may contain anything (proc_pid_stat(5)).
+//! `/proc/PID/stat`: one line of numbers, and a name that may contain anything (`proc_pid_stat(5)`).
 
 use super::text::{self, Decimal, ParseError, Parsed};
 

@@ -1,4 +1,4 @@
-//! `/proc/PID/status`: credentials, signals, capabilities (proc_pid_status(5)).
+//! `/proc/PID/status`: credentials, signals, capabilities (`proc_pid_status(5)`).
 
 use super::stat::TaskState;
 use super::text::{self, ParseError, Parsed};

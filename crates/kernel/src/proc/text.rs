@@ -133,7 +133,7 @@ impl Decimal for i32 {
 /// Undoes the kernel's `\ooo` escapes of the bytes for which `escaped` is true; other backslashes stay.
 ///
 /// `/proc/PID/maps` escapes only the newline, `mountinfo` also space, tab, backslash and `#`
-/// (`seq_path`, `mangle_path` in fs/seq_file.c).
+/// (`seq_path`, `mangle_path` in `fs/seq_file.c`).
 pub(crate) fn unescape(text: &[u8], escaped: fn(u8) -> bool) -> Cow<'_, [u8]> {
     if !text.contains(&b'\\') {
         return Cow::Borrowed(text);
