@@ -1,0 +1,164 @@
+//! The words of `/proc/PID/pagemap`: one for each page, mapped or not.
+//!
+//! ```text
+//! 63 present  62 swapped  61 file or shared  58 guard (6.15)  57 write-protected by userfaultfd (5.13)
+//! 56 mapped by nobody else  55 soft-dirty  54…0 frame (with CAP_SYS_ADMIN), or swap type (4…0) and offset
+//! ```
+
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use rustix::fs::OFlags;
+
+use super::{Categories, Filter, PageRun, PagemapScanner, page_size, push_run};
+use crate::proc::ProcDir;
+use crate::{Error, Result, fault};
+
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const FILE: u64 = 1 << 61;
+const GUARD: u64 = 1 << 58;
+const PROTECTED: u64 = 1 << 57;
+const SOFT_DIRTY: u64 = 1 << 55;
+const FRAME: u64 = (1 << 55) - 1;
+/// The last swap type: not a swap device but a marker in an entry without a page (include/linux/swap.h).
+const MARKER: u64 = 31;
+
+/// Whether a word stands for a page in swap. Without `CAP_SYS_ADMIN` the type is hidden, and a marker seems to be one.
+fn is_swapped(word: u64) -> bool {
+    word & (PRESENT | SWAPPED) == SWAPPED && word & GUARD == 0 && word & MARKER != MARKER
+}
+
+/// How many words are read at once: 64 KiB, those of 32 MiB of memory.
+const WORDS: usize = 8192;
+
+/// Where a page's content is. Two processes share a page when they have the same frame or swap slot for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Frame {
+    /// Nowhere: never touched, or a guard page.
+    Absent,
+    /// In memory: the number of the page frame. The zero page has one as well, common to all.
+    Present(u64),
+    /// In swap: type and offset in one number, opaque.
+    Swapped(u64),
+}
+
+impl PagemapScanner {
+    /// Where each page of `range` is, in order. The range must be aligned to pages.
+    ///
+    /// Needs `CAP_SYS_ADMIN` in the initial user namespace when it is read, else `EPERM`; compare frames only while
+    /// both processes are stopped, since the kernel may migrate pages at any time (compaction), even then:
+    /// equal frames prove sharing, different ones only suggest that there is none.
+    pub fn physical_frames(&self, range: Range<u64>) -> Result<Vec<Frame>> {
+        let mut frames = Vec::with_capacity(((range.end.saturating_sub(range.start)) / page_size()) as usize);
+        let mut hidden = false;
+        self.each_word(range, |_, word| {
+            let place = word & FRAME;
+            hidden |= place == 0 && word & PRESENT != 0;
+            frames.push(match word & PRESENT {
+                0 if is_swapped(word) => Frame::Swapped(place),
+                0 => Frame::Absent,
+                _ => Frame::Present(place),
+            });
+        })?;
+        if hidden {
+            let why = std::io::Error::from_raw_os_error(libc::EPERM);
+            return Err(Error::new("reading page frames", &self.object, why));
+        }
+        Ok(frames)
+    }
+
+    /// [`PagemapScanner::scan`] on a kernel without `PAGEMAP_SCAN`. Huge pages and `WP_ALLOWED` are not told;
+    /// the zero page only to those who may see frames.
+    pub(super) fn scan_words(
+        &self,
+        range: Range<u64>,
+        filter: &Filter,
+        zero_frame: Option<u64>,
+        runs: &mut Vec<PageRun>,
+    ) -> Result<()> {
+        let first = runs.len();
+        self.each_word(range, |address, word| {
+            let page = categories(word, zero_frame);
+            if filter.wants(page) {
+                let run = PageRun {
+                    start: address,
+                    end: address.saturating_add(page_size()),
+                    categories: page & filter.report,
+                };
+                push_run(runs, first, run);
+            }
+        })
+    }
+
+    /// Calls `visit` with the address and the word of each page.
+    fn each_word(&self, range: Range<u64>, mut visit: impl FnMut(u64, u64)) -> Result<()> {
+        let page = page_size();
+        let mut buffer = vec![0u8; WORDS * 8];
+        let mut address = range.start;
+        while address < range.end {
+            let words = ((range.end - address).div_ceil(page)).min(WORDS as u64) as usize;
+            let part = buffer.get_mut(..words * 8).unwrap_or_default();
+            fault::point();
+            let count = rustix::io::pread(&self.pagemap, &mut *part, address / page * 8)
+                .map_err(|errno| Error::new("pread", &self.object, errno))?;
+            let (read, _) = part.get(..count).unwrap_or_default().as_chunks::<8>();
+            if read.is_empty() {
+                // The file ends where the address space does, and is empty once the process has none.
+                return Err(Error::new(
+                    "pread",
+                    format_args!("{} at address {address:#x}", self.object),
+                    std::io::Error::from_raw_os_error(libc::ESRCH),
+                ));
+            }
+            for word in read {
+                visit(address, u64::from_ne_bytes(*word));
+                address = address.saturating_add(page);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn categories(word: u64, zero_frame: Option<u64>) -> Categories {
+    let mut page = Categories::empty();
+    page.set(Categories::PRESENT, word & PRESENT != 0);
+    page.set(Categories::SWAPPED, is_swapped(word));
+    page.set(Categories::FILE, word & FILE != 0);
+    page.set(Categories::GUARD, word & GUARD != 0);
+    page.set(Categories::SOFT_DIRTY, word & SOFT_DIRTY != 0);
+    page.set(Categories::WRITTEN, word & (PRESENT | SWAPPED) != 0 && word & PROTECTED == 0);
+    page.set(Categories::ZERO, word & PRESENT != 0 && zero_frame == Some(word & FRAME));
+    page
+}
+
+/// The frame of the zero page, learnt from a page of our own that is read but never written. None if frames are hidden
+/// from us: then zero pages look like any other, and cost only the reading of them.
+pub(super) fn zero_frame() -> Option<u64> {
+    use rustix::mm::{Advice, MapFlags, ProtFlags};
+    let length = rustix::param::page_size();
+    // SAFETY: a new mapping of our own, unmapped below; nothing else refers to it.
+    unsafe {
+        let page =
+            rustix::mm::mmap_anonymous(std::ptr::null_mut(), length, ProtFlags::READ, MapFlags::PRIVATE)
+                .ok()?;
+        let _ = rustix::mm::madvise(page, length, Advice::LinuxNoHugepage);
+        page.cast::<u8>().read_volatile();
+        let frame = own_frame(page as u64);
+        rustix::mm::munmap(page, length).ok()?;
+        frame
+    }
+}
+
+fn own_frame(address: u64) -> Option<u64> {
+    let own = ProcDir::open(std::process::id() as i32).ok()?;
+    let pagemap = own.open_file("pagemap", OFlags::RDONLY).ok()?;
+    let word = word_at(pagemap.as_fd(), address)?;
+    (word & PRESENT != 0 && word & FRAME != 0).then_some(word & FRAME)
+}
+
+fn word_at(pagemap: BorrowedFd<'_>, address: u64) -> Option<u64> {
+    let mut word = [0; 8];
+    let count = rustix::io::pread(pagemap, &mut word, address / page_size() * 8).ok()?;
+    (count == word.len()).then(|| u64::from_ne_bytes(word))
+}
