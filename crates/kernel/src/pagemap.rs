@@ -112,6 +112,13 @@ impl Filter {
     pub const SHARED_WRITTEN: Self =
         Self { none_of: Categories::ZERO.union(Categories::GUARD), ..Self::OWN_WRITTEN };
 
+    /// The same filter for anonymous mappings, where no page is a file's. To find out costs the kernel a look at the
+    /// page itself, and makes a scan of much memory four times slower.
+    #[must_use]
+    pub const fn for_anonymous(self) -> Self {
+        Self { none_of: self.none_of.difference(Categories::FILE), ..self }
+    }
+
     /// Whether a page of these categories is wanted.
     fn wants(&self, page: Categories) -> bool {
         page.contains(self.all_of)
@@ -213,15 +220,24 @@ impl PagemapScanner {
     ///
     /// Pages of shared mappings are not found: their content belongs to the file or memory object.
     pub fn populated(&mut self, range: Range<u64>) -> Result<Vec<PageRun>> {
+        self.populated_by(range, &Filter::OWN_DATA)
+    }
+
+    /// The same, faster, for a range of private anonymous mappings.
+    pub fn populated_anonymous(&mut self, range: Range<u64>) -> Result<Vec<PageRun>> {
+        self.populated_by(range, &Filter::OWN_DATA.for_anonymous())
+    }
+
+    fn populated_by(&mut self, range: Range<u64>, filter: &Filter) -> Result<Vec<PageRun>> {
         let mut found = Vec::new();
-        self.scan(range, &Filter::OWN_DATA, &mut found)?;
+        self.scan(range, filter, &mut found)?;
         if !self.has_scan() || found.iter().all(|run| !run.categories.contains(Categories::SWAPPED)) {
             return Ok(found);
         }
         let mut runs = Vec::with_capacity(found.len());
         for run in found {
             if run.categories.contains(Categories::SWAPPED) {
-                self.scan_words(run.start..run.end, &Filter::OWN_DATA, None, &mut runs)?;
+                self.scan_words(run.start..run.end, filter, None, &mut runs)?;
             } else {
                 runs.push(run);
             }
