@@ -14,6 +14,8 @@ mod status;
 mod text;
 
 #[cfg(test)]
+mod fdinfo_tests;
+#[cfg(test)]
 mod live_tests;
 #[cfg(test)]
 mod parser_tests;
