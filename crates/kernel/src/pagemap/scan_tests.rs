@@ -447,4 +447,8 @@ fn figures_for_one_gib() {
     let started = Instant::now();
     let frames = scanner().physical_frames(touched.range()).map(|frames| frames.len());
     println!("frames of 1 GiB: {frames:?} in {:?}", started.elapsed());
+    let dir = ProcDir::open(std::process::id() as i32).unwrap();
+    let started = Instant::now();
+    assert!(dir.smaps().unwrap().len() > 2);
+    println!("smaps with 1 GiB touched: {:?}", started.elapsed());
 }

@@ -138,35 +138,42 @@ pub fn parse_maps(file: &[u8]) -> Parsed<Vec<Mapping>> {
 
 /// Parses `/proc/PID/smaps`: a line of `maps` for each mapping, followed by `Key: value` lines.
 pub fn parse_smaps(file: &[u8]) -> Parsed<Vec<Mapping>> {
-    let mut mappings: Vec<Mapping> = Vec::new();
+    let mut mappings = Vec::new();
     for line in text::lines(file) {
-        let Some((key, value)) = attribute(line) else {
-            mappings.push(parse_mapping(line)?);
-            continue;
-        };
-        let mapping = mappings.last_mut().ok_or_else(|| ParseError::new("mapping", line))?;
-        match key {
-            b"VmFlags" => mapping.vm_flags = Some(VmFlags::parse(value)),
-            b"ProtectionKey" => mapping.protection_key = Some(text::decimal(value, "ProtectionKey")?),
-            b"KernelPageSize" => {
-                let kib = value.strip_suffix(b" kB").and_then(|number| text::unsigned(number, 10));
-                let bytes = kib.and_then(|kib| kib.checked_mul(1024));
-                mapping.page_size = Some(bytes.ok_or_else(|| ParseError::new("KernelPageSize", value))?);
-            }
-            _ => {}
-        }
+        add_smaps_line(&mut mappings, line)?;
     }
     Ok(mappings)
 }
 
-/// A `Key: value` line of smaps. Its key starts with a capital letter, a mapping with a lower-case hex digit.
-fn attribute(line: &[u8]) -> Option<(&[u8], &[u8])> {
-    line.first().filter(|byte| byte.is_ascii_uppercase())?;
-    text::key_value(line)
+/// Takes in one line of `smaps`: a mapping, or what it says about the last one.
+pub(super) fn add_smaps_line(mappings: &mut Vec<Mapping>, line: &[u8]) -> Parsed<()> {
+    // A key starts with a capital letter, a mapping with a lower-case hexadecimal digit.
+    if !line.first().is_some_and(u8::is_ascii_uppercase) {
+        mappings.push(parse_mapping(line)?);
+        return Ok(());
+    }
+    let mapping = mappings.last_mut().ok_or_else(|| ParseError::new("mapping", line))?;
+    // There are some 25 lines for each mapping: look no closer at those that are of no use.
+    if !matches!(line.first(), Some(b'K' | b'P' | b'V')) {
+        return Ok(());
+    }
+    let (key, value) =
+        text::key_value(line).ok_or_else(|| ParseError::new("attribute of a mapping", line))?;
+    match key {
+        b"VmFlags" => mapping.vm_flags = Some(VmFlags::parse(value)),
+        b"ProtectionKey" => mapping.protection_key = Some(text::decimal(value, "ProtectionKey")?),
+        b"KernelPageSize" => {
+            let kib = value.strip_suffix(b" kB").and_then(|number| text::unsigned(number, 10));
+            let bytes = kib.and_then(|kib| kib.checked_mul(1024));
+            mapping.page_size = Some(bytes.ok_or_else(|| ParseError::new("KernelPageSize", value))?);
+        }
+        _ => {}
+    }
+    Ok(())
 }
 
 /// One line of `maps`.
-fn parse_mapping(line: &[u8]) -> Parsed<Mapping> {
+pub(super) fn parse_mapping(line: &[u8]) -> Parsed<Mapping> {
     let mut rest = line;
     let mut next = |separator: u8, what| {
         let (field, tail) = text::split_once(rest, separator).ok_or_else(|| ParseError::new(what, line))?;

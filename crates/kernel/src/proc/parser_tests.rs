@@ -393,6 +393,12 @@ fn figures_for_fifty_thousand_mappings() {
             started.elapsed()
         );
         let started = std::time::Instant::now();
+        let bytes = dir.read("smaps").unwrap().len();
+        println!("smaps: {bytes} bytes read in {:?}", started.elapsed());
+        let started = std::time::Instant::now();
+        assert!(dir.maps().unwrap().len() > COUNT);
+        println!("maps: {:?}", started.elapsed());
+        let started = std::time::Instant::now();
         let mappings = dir.smaps().unwrap().len();
         println!("smaps: {mappings} mappings: {:?}", started.elapsed());
     }

@@ -28,7 +28,15 @@ pub type Parsed<T> = Result<T, ParseError>;
 
 /// The non-empty lines of `text`, without their newlines.
 pub(crate) fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
-    text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty())
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        (!rest.is_empty()).then(|| {
+            let (line, tail) = split_once(rest, b'\n').unwrap_or((rest, b""));
+            rest = tail;
+            line
+        })
+    })
+    .filter(|line| !line.is_empty())
 }
 
 /// The fields of `line`, separated by any number of spaces or tabs.
@@ -44,7 +52,7 @@ pub(crate) fn key_value(line: &[u8]) -> Option<(&[u8], &[u8])> {
 
 /// `text` before and after the first `separator`.
 pub(crate) fn split_once(text: &[u8], separator: u8) -> Option<(&[u8], &[u8])> {
-    let at = text.iter().position(|&byte| byte == separator)?;
+    let at = memchr::memchr(separator, text)?;
     Some((text.get(..at)?, text.get(at + 1..)?))
 }
 
