@@ -137,11 +137,13 @@ pub enum OpenError {
     },
     /// A format that this program does not know.
     #[error(
-        "the checkpoint has format version {found}, this program reads {supported}: use a Limosa that \
-         knows version {found}"
+        "{} has format version {found}, this program reads up to {supported}: use a Limosa that knows \
+         version {found}", file.display()
     )]
     Version {
-        /// The checkpoint's version.
+        /// The file that says so.
+        file: PathBuf,
+        /// Its version.
         found: u32,
         /// The newest version this program knows.
         supported: u32,

@@ -230,7 +230,8 @@ fn check_header(header: &Header, rest: usize, pages_length: u64) -> Result<(), O
         return Err(malformed(0, "it does not begin as a memory index does".into()));
     }
     if header.version.get() != FORMAT_VERSION {
-        return Err(OpenError::Version { found: header.version.get(), supported: FORMAT_VERSION });
+        let found = header.version.get();
+        return Err(OpenError::Version { file: INDEX.into(), found, supported: FORMAT_VERSION });
     }
     let (extents, checksums) = (header.extents.get(), header.checksums.get());
     let expected = extents

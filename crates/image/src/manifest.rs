@@ -248,7 +248,11 @@ impl Manifest {
         // The version comes before the checksum: a later version may compute that differently.
         let version = header.version.get();
         if version != FORMAT_VERSION {
-            return Err(OpenError::Version { found: version, supported: FORMAT_VERSION });
+            return Err(OpenError::Version {
+                file: MANIFEST.into(),
+                found: version,
+                supported: FORMAT_VERSION,
+            });
         }
         if header.body_length.get() != body.len() as u64 {
             let reason =
