@@ -9,10 +9,12 @@ mod error;
 pub mod fault;
 pub mod memory;
 pub mod mount;
+pub mod namespace;
 pub mod net;
 pub mod pagemap;
 pub mod proc;
 pub mod ptrace;
+pub mod spawn;
 pub mod task;
 
 pub use error::{Error, Result};
