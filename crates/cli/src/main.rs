@@ -1,2 +1,54 @@
-//! The `limosa` program.
-fn main() {}
+//! The `limosa` program: arguments, progress and reports. Everything else is in the libraries.
+
+mod commands;
+mod context;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::context::Context;
+
+/// Moves running Linux containers: checkpoint, restore and live migration.
+#[derive(Debug, Parser)]
+#[command(name = "limosa", version, max_term_width = 100, after_help = EXAMPLES)]
+struct Cli {
+    /// Report on standard output as JSON; logs stay on standard error.
+    #[arg(long, global = true)]
+    json: bool,
+
+    /// Where containers and their files are kept.
+    #[arg(long, global = true, value_name = "DIR", env = "LIMOSA_STATE_DIR",
+          default_value = limosa_container::DEFAULT_STATE_DIR)]
+    state_dir: PathBuf,
+
+    /// Say more on standard error; twice for even more.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+
+    #[command(subcommand)]
+    command: commands::Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  limosa run web --detach -- python3 -m http.server
+  limosa ps
+  limosa exec web -- ps ax
+  limosa stop web && limosa rm web";
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let context = Context { json: cli.json, state_dir: cli.state_dir };
+    context::start_logging(cli.verbose);
+    match cli.command.execute(&context) {
+        Ok(code) => code,
+        Err(failure) => {
+            // Standard error may be closed; there is nobody else to tell.
+            let _ = writeln!(std::io::stderr(), "limosa: {:#}", failure.error);
+            ExitCode::from(failure.code)
+        }
+    }
+}

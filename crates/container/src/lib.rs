@@ -1,1 +1,44 @@
-//! limosa-container
+//! Containers for Limosa to move: running, listing, entering and removing them.
+//!
+//! Deliberately small: new pid, mount, net, ipc, uts, cgroup and time namespaces, an overlay of a read-only
+//! root and a writable layer, a veth pair into a bridge, a control group. No process of Limosa stays behind a
+//! running container. It isolates, but is no fence against hostile programs: they run as the host's root.
+
+mod cgroup;
+mod config;
+mod exec;
+mod foreground;
+mod link;
+mod logs;
+mod registry;
+mod root;
+pub mod rootfs;
+mod run;
+mod shell;
+mod stop;
+mod terminal;
+mod undo;
+
+pub use cgroup::{Cgroup, CgroupError};
+pub use config::{Address, Config, DEFAULT_PATH, Name, Network, ParseError, parse_size};
+pub use exec::{ExecError, exec};
+pub use foreground::{run_in_foreground, run_on_terminal};
+pub use link::{INTERFACE, LinkError};
+pub use logs::{LogsError, copy_log};
+pub use registry::{DEFAULT_STATE_DIR, Init, Paths, Record, Registry, RegistryError, Reservation};
+pub use root::RootError;
+pub use run::{LOG_KEY, RunError, Started, Streams, run, start};
+pub use shell::{Shell, ShellError, ShellOptions};
+pub use stop::{StopError, remove, stop};
+
+/// `bytes` random bytes as hexadecimal digits.
+fn random_hex(bytes: usize) -> String {
+    use std::fmt::Write;
+    let mut buffer = vec![0_u8; bytes];
+    // Names only need to differ: a short read leaves zeros, and a name that is taken is refused.
+    let _ = rustix::rand::getrandom(&mut buffer, rustix::rand::GetRandomFlags::empty());
+    buffer.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

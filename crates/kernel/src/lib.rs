@@ -14,6 +14,7 @@ pub mod net;
 pub mod pagemap;
 pub mod proc;
 pub mod ptrace;
+pub mod signals;
 pub mod spawn;
 pub mod task;
 

@@ -31,7 +31,8 @@ impl Filesystem {
         fault::point();
         let context = rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)
             .map_err(|errno| Error::new("fsopen", kind, errno))?;
-        Ok(Self { context, kind: kind.to_owned() })
+        // What mountinfo shows as the source; by custom the type, where there is no device.
+        Self { context, kind: kind.to_owned() }.set("source", kind)
     }
 
     /// Sets a parameter. The kernel takes values of at most 255 bytes.
@@ -57,9 +58,8 @@ impl Filesystem {
         fault::point();
         rustix::mount::fsconfig_create(self.context.as_fd())
             .map_err(|errno| self.error("fsconfig(CREATE)", "", errno))?;
-        let mount =
-            rustix::mount::fsmount(self.context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
-                .map_err(|errno| self.error("fsmount", "", errno))?;
+        let mount = rustix::mount::fsmount(self.context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+            .map_err(|errno| self.error("fsmount", "", errno))?;
         Ok(Detached { mount, kind: self.kind })
     }
 

@@ -90,7 +90,8 @@ impl Program {
         let candidates = if name.contains('/') {
             vec![c_string(name)?]
         } else {
-            let directories = search_path.split(':').map(|directory| if directory.is_empty() { "." } else { directory });
+            let directories =
+                search_path.split(':').map(|directory| if directory.is_empty() { "." } else { directory });
             directories.map(|directory| c_string(&format!("{directory}/{name}"))).collect::<Result<_>>()?
         };
         Ok(Self {
@@ -103,7 +104,8 @@ impl Program {
 
 /// A C string of `text`, which must not contain a zero byte.
 pub fn c_string(text: &str) -> Result<CString> {
-    CString::new(text).map_err(|_| Error::malformed("execve", format_args!("{text:?}"), "it contains a zero byte"))
+    CString::new(text)
+        .map_err(|_| Error::malformed("execve", format_args!("{text:?}"), "it contains a zero byte"))
 }
 
 /// A process to be started.
@@ -305,7 +307,8 @@ pub fn wait_for_end(pidfd: impl AsFd, timeout: Duration) -> Result<bool> {
     let deadline = Instant::now() + timeout;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let left = rustix::event::Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        let left =
+            rustix::event::Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
         match rustix::event::poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&left)) {
             Ok(count) => return Ok(count > 0),
             Err(Errno::INTR) => {}
@@ -466,7 +469,9 @@ fn reset_signals() {
     }
     let none = 0_u64;
     // SAFETY: the kernel's signal set is eight bytes, which are live.
-    unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const none, 0, size_of::<u64>()) };
+    unsafe {
+        libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const none, 0, size_of::<u64>())
+    };
 }
 
 fn mount_proc(path: &CStr) -> rustix::io::Result<()> {

@@ -47,7 +47,10 @@ pub fn announce(index: u32, mac: [u8; 6], address: IpAddr) -> Result<()> {
         )
     };
     if sent < 0 {
-        return Err(Error::last("sendto(AF_PACKET)", format_args!("announcement of {address} on link {index}")));
+        return Err(Error::last(
+            "sendto(AF_PACKET)",
+            format_args!("announcement of {address} on link {index}"),
+        ));
     }
     Ok(())
 }

@@ -77,7 +77,9 @@ impl Rtnetlink {
             socket.set_netlink_get_strict_chk(true)?;
             Ok(Self { socket, sequence: 0 })
         };
-        open().map_err(|source: std::io::Error| Error::new("socket(NETLINK_ROUTE)", "network configuration", source))
+        open().map_err(|source: std::io::Error| {
+            Error::new("socket(NETLINK_ROUTE)", "network configuration", source)
+        })
     }
 
     /// All links.
@@ -85,7 +87,9 @@ impl Rtnetlink {
         let messages = self.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()), "links")?;
         Ok(messages
             .into_iter()
-            .filter_map(|message| if let RouteNetlinkMessage::NewLink(link) = message { Some(link) } else { None })
+            .filter_map(
+                |message| if let RouteNetlinkMessage::NewLink(link) = message { Some(link) } else { None },
+            )
             .collect())
     }
 
@@ -110,7 +114,9 @@ impl Rtnetlink {
         let messages = self.dump(RouteNetlinkMessage::GetRoute(RouteMessage::default()), "routes")?;
         Ok(messages
             .into_iter()
-            .filter_map(|message| if let RouteNetlinkMessage::NewRoute(route) = message { Some(route) } else { None })
+            .filter_map(
+                |message| if let RouteNetlinkMessage::NewRoute(route) = message { Some(route) } else { None },
+            )
             .collect())
     }
 
@@ -121,7 +127,11 @@ impl Rtnetlink {
             .dump(request, "neighbours")?
             .into_iter()
             .filter_map(|message| {
-                if let RouteNetlinkMessage::NewNeighbour(neighbour) = message { Some(neighbour) } else { None }
+                if let RouteNetlinkMessage::NewNeighbour(neighbour) = message {
+                    Some(neighbour)
+                } else {
+                    None
+                }
             })
             .collect())
     }
@@ -142,7 +152,11 @@ impl Rtnetlink {
                 LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
             ]),
         ];
-        self.change(RouteNetlinkMessage::NewLink(link), NLM_F_CREATE | NLM_F_EXCL, &format!("veth {}", veth.name))
+        self.change(
+            RouteNetlinkMessage::NewLink(link),
+            NLM_F_CREATE | NLM_F_EXCL,
+            &format!("veth {}", veth.name),
+        )
     }
 
     /// Makes a bridge, down.
@@ -181,8 +195,12 @@ impl Rtnetlink {
     /// it works at once, and a migrated one exists on the source until the hand-over.
     pub fn add_address(&mut self, index: u32, address: IpAddr, prefix_length: u8) -> Result<()> {
         let mut message = AddressMessage::default();
-        message.header =
-            AddressHeader { family: family(address), prefix_len: prefix_length, index, ..AddressHeader::default() };
+        message.header = AddressHeader {
+            family: family(address),
+            prefix_len: prefix_length,
+            index,
+            ..AddressHeader::default()
+        };
         message.attributes = vec![AddressAttribute::Local(address), AddressAttribute::Address(address)];
         match address {
             IpAddr::V4(address) if prefix_length < 31 => {
@@ -274,7 +292,9 @@ impl Rtnetlink {
                 }
                 match message.payload {
                     NetlinkPayload::InnerMessage(answer) => answers.push(answer),
-                    NetlinkPayload::Error(refusal) if refusal.code.is_some() => return Err(error(refusal.to_io())),
+                    NetlinkPayload::Error(refusal) if refusal.code.is_some() => {
+                        return Err(error(refusal.to_io()));
+                    }
                     // An "error" of code 0 is the acknowledgement.
                     NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => return Ok(answers),
                     _ => {}

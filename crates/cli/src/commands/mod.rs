@@ -1,0 +1,35 @@
+//! The subcommands, one file for each family. A new one is a file, a line in `mod`, a variant and an arm.
+
+mod containers;
+mod exec;
+mod logs;
+mod run;
+
+use clap::Subcommand;
+
+use crate::context::{Context, Outcome};
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    Run(run::Run),
+    Exec(exec::Exec),
+    Logs(logs::Logs),
+    Ps(containers::Ps),
+    Stop(containers::Stop),
+    Rm(containers::Rm),
+}
+
+impl Command {
+    /// Does it.
+    pub fn execute(self, context: &Context) -> Outcome {
+        match self {
+            Self::Run(command) => command.execute(context),
+            Self::Exec(command) => command.execute(context),
+            Self::Logs(command) => command.execute(context),
+            Self::Ps(command) => command.execute(context),
+            Self::Stop(command) => command.execute(context),
+            Self::Rm(command) => command.execute(context),
+        }
+    }
+}

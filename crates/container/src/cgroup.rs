@@ -1,0 +1,264 @@
+//! A container's control groups: one group in each hierarchy that matters (cgroups(7)).
+//!
+//! Where the unified hierarchy has the memory controller it is used alone. Otherwise the limits go to the
+//! memory and pids hierarchies of version 1, as far as they are mounted; the unified hierarchy, without
+//! controllers, still counts and names the container's processes.
+//! A group is called `limosa/NAME-RANDOM`: two state directories may have containers of the same name.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::Name;
+
+/// The group below which all containers' groups lie.
+const PARENT: &str = "limosa";
+
+/// The groups of one container. Data: dropping it does not remove them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cgroup {
+    /// Its directories, one in each hierarchy.
+    pub directories: Vec<PathBuf>,
+}
+
+/// A hierarchy that is mounted here.
+struct Hierarchy {
+    mount_point: PathBuf,
+    unified: bool,
+    /// Its controllers, of those that matter here.
+    memory: bool,
+    pids: bool,
+}
+
+impl Cgroup {
+    /// Makes the groups of a new container, with a limit of `memory` bytes. On failure none is left.
+    pub fn create(name: &Name, memory: Option<u64>) -> Result<Self, CgroupError> {
+        let hierarchies = hierarchies()?;
+        if memory.is_some() && !hierarchies.iter().any(|hierarchy| hierarchy.memory) {
+            return Err(CgroupError::NoMemoryController);
+        }
+        let group = format!("{name}-{}", crate::random_hex(4));
+        let mut cgroup = Self::default();
+        for hierarchy in &hierarchies {
+            if let Err(error) = cgroup.create_in(hierarchy, &group, memory) {
+                let _ = cgroup.remove();
+                return Err(error);
+            }
+        }
+        Ok(cgroup)
+    }
+
+    fn create_in(
+        &mut self,
+        hierarchy: &Hierarchy,
+        group: &str,
+        memory: Option<u64>,
+    ) -> Result<(), CgroupError> {
+        let parent = hierarchy.mount_point.join(PARENT);
+        let directory = parent.join(group);
+        // The parent goes away with its last child, perhaps just now with another container's.
+        let mut made = Err(io::ErrorKind::NotFound.into());
+        for _ in 0..16 {
+            match fs::create_dir(&parent) {
+                Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+                    return Err(CgroupError::io("make", &parent, source));
+                }
+                _ => {}
+            }
+            if hierarchy.unified && (hierarchy.memory || hierarchy.pids) {
+                for level in [&hierarchy.mount_point, &parent] {
+                    delegate(level, hierarchy, memory.is_some())?;
+                }
+            }
+            made = fs::create_dir(&directory);
+            if !matches!(&made, Err(source) if source.kind() == io::ErrorKind::NotFound) {
+                break;
+            }
+        }
+        made.map_err(|source| CgroupError::io("make", &directory, source))?;
+        self.directories.push(directory.clone());
+        if let (Some(memory), true) = (memory, hierarchy.memory) {
+            let file = directory.join(if hierarchy.unified { "memory.max" } else { "memory.limit_in_bytes" });
+            fs::write(&file, memory.to_string()).map_err(|source| CgroupError::Limit {
+                file,
+                value: memory,
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The `cgroup.procs` of each group, open for writing: what a process needs to join.
+    pub fn open(&self) -> Result<Vec<File>, CgroupError> {
+        self.directories
+            .iter()
+            .map(|directory| {
+                let file = directory.join("cgroup.procs");
+                OpenOptions::new()
+                    .write(true)
+                    .open(&file)
+                    .map_err(|source| CgroupError::io("open", &file, source))
+            })
+            .collect()
+    }
+
+    /// The PIDs of the processes in it, in the caller's PID namespace.
+    pub fn processes(&self) -> Vec<i32> {
+        let Some(directory) = self.directories.first() else { return Vec::new() };
+        let list = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+        list.lines().filter_map(|line| line.parse().ok()).collect()
+    }
+
+    /// Removes the groups; one that is gone already is no error. The last processes may need a moment to
+    /// leave: waits up to two seconds for them.
+    pub fn remove(&self) -> Result<(), CgroupError> {
+        for directory in &self.directories {
+            let mut tries = 200;
+            loop {
+                match fs::remove_dir(directory) {
+                    Ok(()) => break,
+                    Err(source) if source.kind() == io::ErrorKind::NotFound => break,
+                    Err(source) if source.kind() == io::ErrorKind::ResourceBusy && tries > 0 => {
+                        tries -= 1;
+                        std::thread::sleep(Duration::from_millis(10));
+                    }
+                    Err(source) => return Err(CgroupError::io("remove", directory, source)),
+                }
+            }
+            if let Some(parent) = directory.parent().filter(|parent| parent.ends_with(PARENT)) {
+                // Refused while other containers are there.
+                let _ = fs::remove_dir(parent);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Lets the groups below `level` have the controllers. Only a limit that was asked for makes this a must.
+fn delegate(level: &Path, hierarchy: &Hierarchy, must: bool) -> Result<(), CgroupError> {
+    let file = level.join("cgroup.subtree_control");
+    for (controller, available) in [("+memory", hierarchy.memory), ("+pids", hierarchy.pids)] {
+        if !available {
+            continue;
+        }
+        match fs::write(&file, controller) {
+            Err(source) if must && controller == "+memory" && source.kind() != io::ErrorKind::NotFound => {
+                return Err(CgroupError::Delegate { file, controller: "memory", source });
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// The hierarchies a container gets a group in.
+fn hierarchies() -> Result<Vec<Hierarchy>, CgroupError> {
+    let path = Path::new("/proc/self/mountinfo");
+    let text = fs::read_to_string(path).map_err(|source| CgroupError::io("read", path, source))?;
+    let mut list: Vec<Hierarchy> = text.lines().filter_map(parse_hierarchy).collect();
+    if list.iter().any(|hierarchy| hierarchy.unified && hierarchy.memory) {
+        list.retain(|hierarchy| hierarchy.unified);
+    } else {
+        list.retain(|hierarchy| hierarchy.unified || hierarchy.memory || hierarchy.pids);
+    }
+    // A hierarchy that is mounted in several places is still one.
+    let mut seen = (false, false, false);
+    list.retain(|hierarchy| {
+        let slot = match hierarchy {
+            Hierarchy { unified: true, .. } => &mut seen.0,
+            Hierarchy { memory: true, .. } => &mut seen.1,
+            _ => &mut seen.2,
+        };
+        !std::mem::replace(slot, true)
+    });
+    Ok(list)
+}
+
+/// A line of mountinfo (proc_pid_mountinfo(5)): mount point in field 5; type and options after the dash.
+fn parse_hierarchy(line: &str) -> Option<Hierarchy> {
+    let (fields, rest) = line.split_once(" - ")?;
+    let mount_point = PathBuf::from(fields.split(' ').nth(4)?);
+    let mut rest = rest.split(' ');
+    let kind = rest.next()?;
+    match kind {
+        "cgroup2" => {
+            let controllers = fs::read_to_string(mount_point.join("cgroup.controllers")).unwrap_or_default();
+            let has = |name| controllers.split_ascii_whitespace().any(|controller| controller == name);
+            Some(Hierarchy { unified: true, memory: has("memory"), pids: has("pids"), mount_point })
+        }
+        "cgroup" => {
+            let options = rest.nth(1)?;
+            let has = |name| options.split(',').any(|option| option == name);
+            Some(Hierarchy { unified: false, memory: has("memory"), pids: has("pids"), mount_point })
+        }
+        _ => None,
+    }
+}
+
+/// A control group could not be made, joined or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// Nothing here can limit memory.
+    #[error(
+        "this host has no memory controller mounted, so a memory limit cannot be kept: leave out --memory, or mount the cgroup2 filesystem at /sys/fs/cgroup"
+    )]
+    NoMemoryController,
+    /// A controller is not for sub-groups to use.
+    #[error("cannot enable the {controller} controller through {}: run limosa in the root cgroup, or have it delegated", file.display())]
+    Delegate {
+        /// The file written to.
+        file: PathBuf,
+        /// The controller.
+        controller: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// A limit was refused.
+    #[error("cannot set {} to {value}", file.display())]
+    Limit {
+        /// The file written to.
+        file: PathBuf,
+        /// The value.
+        value: u64,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// A file operation failed.
+    #[error("cannot {operation} {}", path.display())]
+    Io {
+        /// What was being done.
+        operation: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl CgroupError {
+    fn io(operation: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Io { operation, path: path.to_owned(), source }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hierarchies_are_read_from_mountinfo() {
+        let memory =
+            parse_hierarchy("35 31 0:31 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory");
+        let memory = memory.expect("a hierarchy");
+        assert!(memory.memory && !memory.pids && !memory.unified);
+        assert_eq!(memory.mount_point, Path::new("/sys/fs/cgroup/memory"));
+        assert!(parse_hierarchy("22 27 0:21 / /proc rw,relatime - proc proc rw").is_none());
+        assert!(parse_hierarchy("").is_none());
+    }
+}

@@ -1,0 +1,339 @@
+//! The containers of one host: a directory each, in the state directory.
+//!
+//! ```text
+//! STATE/containers/NAME/   mode 0700
+//!     config.json          Record, replaced by rename
+//!     upper/  work/        the writable layer of the overlay, and overlayfs's workshop
+//!     merged/              where the root is mounted, in the container's mount namespace only
+//!     log                  standard output and error
+//! ```
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::cgroup::Cgroup;
+use crate::config::{Config, Name};
+use crate::undo::Undo;
+
+/// Where the containers are kept unless said otherwise.
+pub const DEFAULT_STATE_DIR: &str = "/var/lib/limosa";
+
+/// The version of `config.json` that this program writes, and the only one that it reads.
+const VERSION: u32 = 1;
+
+/// The largest `config.json` that is read, bytes.
+const MAX_RECORD: u64 = 4 << 20;
+
+/// The containers below one state directory.
+#[derive(Clone, Debug)]
+pub struct Registry {
+    state_dir: PathBuf,
+}
+
+/// The files of one container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Paths {
+    directory: PathBuf,
+    state_dir: PathBuf,
+}
+
+impl Paths {
+    /// The directory with all of them.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The state directory that it belongs to, which containers must not see.
+    pub fn state_dir(&self) -> &Path {
+        &self.state_dir
+    }
+
+    /// The record.
+    pub fn config(&self) -> PathBuf {
+        self.directory.join("config.json")
+    }
+
+    /// The writable layer.
+    pub fn upper(&self) -> PathBuf {
+        self.directory.join("upper")
+    }
+
+    /// Overlayfs's working directory.
+    pub fn work(&self) -> PathBuf {
+        self.directory.join("work")
+    }
+
+    /// The mount point of the container's root.
+    pub fn merged(&self) -> PathBuf {
+        self.directory.join("merged")
+    }
+
+    /// Its standard output and error.
+    pub fn log(&self) -> PathBuf {
+        self.directory.join("log")
+    }
+}
+
+/// What is known about a container: `config.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Format version.
+    pub version: u32,
+    /// What it is.
+    pub config: Config,
+    /// Its first process, once started.
+    pub init: Option<Init>,
+    /// Its control groups on this host.
+    pub cgroup: Cgroup,
+    /// The host's end of its veth pair.
+    pub host_link: Option<String>,
+    /// When it was made, seconds since 1970.
+    pub created: u64,
+}
+
+impl Record {
+    /// A record of a container made now.
+    pub fn new(config: Config, init: Option<Init>, cgroup: Cgroup, host_link: Option<String>) -> Self {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let created = now.map_or(0, |now| now.as_secs());
+        Self { version: VERSION, config, init, cgroup, host_link, created }
+    }
+
+    /// The PID of its first process, if that runs.
+    pub fn running(&self) -> Option<i32> {
+        self.init.filter(Init::is_running).map(|init| init.pid)
+    }
+}
+
+/// The first process of a container. PIDs are used again, so its start time belongs to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Init {
+    /// Its PID in the PID namespace of whoever started it.
+    pub pid: i32,
+    /// When it was started: field 22 of `/proc/PID/stat`, clock ticks since boot.
+    pub start_time: u64,
+}
+
+impl Init {
+    /// The process that has this PID now.
+    pub fn of(pid: i32) -> io::Result<Self> {
+        let (start_time, _) = start_time_and_state(pid)?;
+        Ok(Self { pid, start_time })
+    }
+
+    /// Whether this very process still runs; a zombie does not.
+    pub fn is_running(&self) -> bool {
+        start_time_and_state(self.pid)
+            .is_ok_and(|(start_time, state)| start_time == self.start_time && !matches!(state, 'Z' | 'X'))
+    }
+}
+
+fn start_time_and_state(pid: i32) -> io::Result<(u64, char)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let parse = || {
+        // The command's name, in parentheses, may hold spaces and parentheses itself.
+        let (_, fields) = stat.rsplit_once(')')?;
+        let mut fields = fields.split_ascii_whitespace();
+        let state = fields.next()?.chars().next()?;
+        Some((fields.nth(18)?.parse().ok()?, state))
+    };
+    parse().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unexpected form of /proc/PID/stat"))
+}
+
+impl Registry {
+    /// The registry below `state_dir`, which need not exist yet.
+    pub fn new(state_dir: impl Into<PathBuf>) -> Self {
+        Self { state_dir: state_dir.into() }
+    }
+
+    /// Where the files of a container are, or would be.
+    pub fn paths(&self, name: &Name) -> Paths {
+        let directory = self.state_dir.join("containers").join(name.as_str());
+        Paths { directory, state_dir: self.state_dir.clone() }
+    }
+
+    /// Takes `name` for a new container and makes its directories.
+    ///
+    /// # Errors
+    /// [`RegistryError::Exists`] if there is one of that name, running or not.
+    pub fn reserve(&self, name: &Name) -> Result<Reservation, RegistryError> {
+        let paths = self.paths(name);
+        let containers = self.state_dir.join("containers");
+        let made = make_directories(&containers)?;
+        let mut undo = Undo::default();
+        undo.add(move || {
+            for directory in made {
+                let _ = fs::remove_dir(directory);
+            }
+        });
+        match fs::DirBuilder::new().mode(0o700).create(paths.directory()) {
+            Err(source) if source.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(RegistryError::Exists { name: name.clone() });
+            }
+            result => result.map_err(|source| RegistryError::io("make", paths.directory(), source))?,
+        }
+        let directory = paths.directory().to_owned();
+        undo.add(move || {
+            let _ = fs::remove_dir_all(directory);
+        });
+        for directory in [paths.upper(), paths.work(), paths.merged()] {
+            fs::create_dir(&directory).map_err(|source| RegistryError::io("make", &directory, source))?;
+        }
+        Ok(Reservation { paths: paths.clone(), undo })
+    }
+
+    /// What is known about a container.
+    pub fn load(&self, name: &Name) -> Result<Record, RegistryError> {
+        let path = self.paths(name).config();
+        let text = match read_limited(&path) {
+            Err(source) if source.kind() == io::ErrorKind::NotFound => {
+                return Err(RegistryError::Unknown { name: name.clone(), state_dir: self.state_dir.clone() });
+            }
+            result => result.map_err(|source| RegistryError::io("read", &path, source))?,
+        };
+        let record: Record = serde_json::from_slice(&text)
+            .map_err(|source| RegistryError::Malformed { path: path.clone(), source })?;
+        if record.version != VERSION {
+            return Err(RegistryError::Version { path, version: record.version });
+        }
+        Ok(record)
+    }
+
+    /// Replaces what is known about a container.
+    pub fn save(&self, record: &Record) -> Result<(), RegistryError> {
+        let path = self.paths(&record.config.name).config();
+        let new = path.with_extension("new");
+        let write = || {
+            let mut file =
+                fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+            file.write_all(&serde_json::to_vec_pretty(record)?)?;
+            file.sync_all()?;
+            fs::rename(&new, &path)
+        };
+        write().map_err(|source| RegistryError::io("write", &path, source))
+    }
+
+    /// All containers, by name. One whose record cannot be read is an error in the list, not of it.
+    pub fn list(&self) -> Result<Vec<(Name, Result<Record, RegistryError>)>, RegistryError> {
+        let containers = self.state_dir.join("containers");
+        let entries = match fs::read_dir(&containers) {
+            Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            result => result.map_err(|source| RegistryError::io("list", &containers, source))?,
+        };
+        let mut list: Vec<_> = entries
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse::<Name>().ok())
+            .map(|name| {
+                let record = self.load(&name);
+                (name, record)
+            })
+            .collect();
+        list.sort_by(|one, other| one.0.cmp(&other.0));
+        Ok(list)
+    }
+
+    /// Removes the directory of a container, with its writable layer and its log. It must not run.
+    pub fn remove(&self, name: &Name) -> Result<(), RegistryError> {
+        let paths = self.paths(name);
+        match fs::remove_dir_all(paths.directory()) {
+            Err(source) if source.kind() == io::ErrorKind::NotFound => {
+                Err(RegistryError::Unknown { name: name.clone(), state_dir: self.state_dir.clone() })
+            }
+            result => result.map_err(|source| RegistryError::io("remove", paths.directory(), source)),
+        }
+    }
+}
+
+/// A name that is taken, with its directories. Dropped without [`Reservation::keep`], all of it is removed.
+#[derive(Debug)]
+pub struct Reservation {
+    paths: Paths,
+    undo: Undo,
+}
+
+impl Reservation {
+    /// The files of the container.
+    pub fn paths(&self) -> &Paths {
+        &self.paths
+    }
+
+    /// The container stays.
+    pub fn keep(mut self) {
+        self.undo.release();
+    }
+}
+
+/// Makes `path` and its parents, and returns those that it made, the innermost first.
+fn make_directories(path: &Path) -> Result<Vec<PathBuf>, RegistryError> {
+    let missing: Vec<PathBuf> =
+        path.ancestors().take_while(|ancestor| !ancestor.exists()).map(Path::to_owned).collect();
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|source| RegistryError::io("make", path, source))?;
+    Ok(missing)
+}
+
+fn read_limited(path: &Path) -> io::Result<Vec<u8>> {
+    use std::io::Read;
+    let mut text = Vec::new();
+    fs::File::open(path)?.take(MAX_RECORD).read_to_end(&mut text)?;
+    Ok(text)
+}
+
+/// The registry could not do what it was asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// The name is taken.
+    #[error("there is a container {name} already: choose another name, or remove it with `limosa rm {name}`")]
+    Exists {
+        /// The name.
+        name: Name,
+    },
+    /// There is no such container.
+    #[error("there is no container {name} in {}: `limosa ps` lists those there are", state_dir.display())]
+    Unknown {
+        /// The name.
+        name: Name,
+        /// Where it was looked for.
+        state_dir: PathBuf,
+    },
+    /// A record is not in the form it is written in.
+    #[error("cannot understand {}: it is damaged; `limosa rm --force` removes the container", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A record of another version of this program.
+    #[error("{} has format version {version}, this program knows version {VERSION}", path.display())]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        version: u32,
+    },
+    /// A file operation failed.
+    #[error("cannot {operation} {}", path.display())]
+    Io {
+        /// What was being done.
+        operation: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl RegistryError {
+    fn io(operation: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Io { operation, path: path.to_owned(), source }
+    }
+}
