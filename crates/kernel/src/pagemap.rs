@@ -3,9 +3,10 @@
 //!
 //! The descriptor stays with the address space it was opened on: after an execve, open a new one.
 //!
-//! A page can look swapped out and hold nothing: where a userfaultfd write-protects empty pages (`WP_ASYNC` implies
-//! `WP_UNPOPULATED`) it leaves markers, guard regions are markers too ([`Categories::GUARD`] since 6.16), and
-//! `PAGEMAP_SCAN` counts both as swapped. [`PagemapScanner::populated`] sees through it if page frames are not hidden.
+//! A page can look swapped out and hold nothing: where a userfaultfd write-protects empty pages (`WP_ASYNC`
+//! implies `WP_UNPOPULATED`) it leaves markers, guard regions are markers too ([`Categories::GUARD`] since
+//! 6.16), and `PAGEMAP_SCAN` counts both as swapped. [`PagemapScanner::populated`] sees through it if page
+//! frames are not hidden.
 
 mod words;
 
@@ -92,9 +93,9 @@ impl Filter {
         report: Categories::PRESENT.union(Categories::SWAPPED).union(Categories::HUGE),
     };
 
-    /// The same pages, each run told apart by whether it was written since it was write-protected, for the last
-    /// look of a pre-copy: pages without [`Categories::WRITTEN`] are as they were, and pages copied before that no run
-    /// contains have been dropped by the process and read as zeros now (or as the file's).
+    /// The same pages, each run told apart by whether it was written since it was write-protected, for the
+    /// last look of a pre-copy: pages without [`Categories::WRITTEN`] are as they were, and pages copied
+    /// before that no run contains have been dropped by the process and read as zeros now (or as the file's).
     pub const OWN_DATA_AND_WRITTEN: Self =
         Self { report: Self::OWN_DATA.report.union(Categories::WRITTEN), ..Self::OWN_DATA };
 
@@ -108,12 +109,13 @@ impl Filter {
         ..Self::OWN_DATA
     };
 
-    /// Pages of a shared mapping, written through this mapping since they were write-protected under `WP_ASYNC`.
+    /// Pages of a shared mapping, written through this mapping since they were write-protected under
+    /// `WP_ASYNC`.
     pub const SHARED_WRITTEN: Self =
         Self { none_of: Categories::ZERO.union(Categories::GUARD), ..Self::OWN_WRITTEN };
 
-    /// The same filter for anonymous mappings, where no page is a file's. To find out costs the kernel a look at the
-    /// page itself, and makes a scan of much memory four times slower.
+    /// The same filter for anonymous mappings, where no page is a file's. To find out costs the kernel a look
+    /// at the page itself, and makes a scan of much memory four times slower.
     #[must_use]
     pub const fn for_anonymous(self) -> Self {
         Self { none_of: self.none_of.difference(Categories::FILE), ..self }
@@ -204,8 +206,8 @@ impl PagemapScanner {
 
     /// The same, and write-protects the pages found in the same step, so that no write is lost in between.
     ///
-    /// All of the range must be registered with a userfaultfd in `WP_ASYNC` mode (else `EPERM`), and the kernel must have
-    /// `PAGEMAP_SCAN` (else `ENOTTY`).
+    /// All of the range must be registered with a userfaultfd in `WP_ASYNC` mode (else `EPERM`), and the
+    /// kernel must have `PAGEMAP_SCAN` (else `ENOTTY`).
     pub fn scan_and_protect(
         &mut self,
         range: Range<u64>,
@@ -216,7 +218,8 @@ impl PagemapScanner {
     }
 
     /// The pages of `range` that hold data of the process's own, for a range of private mappings: present or
-    /// swapped, not the zero page, and of a file's mapping only what was modified. Reported as present, swapped, huge.
+    /// swapped, not the zero page, and of a file's mapping only what was modified. Reported as present,
+    /// swapped, huge.
     ///
     /// Pages of shared mappings are not found: their content belongs to the file or memory object.
     pub fn populated(&mut self, range: Range<u64>) -> Result<Vec<PageRun>> {
@@ -267,8 +270,8 @@ impl PagemapScanner {
             argument.start = start;
             argument.walk_end = 0;
             let regions = self.ioctl(&mut argument)?;
-            // The kernel fills its own buffer of 512 regions several times over. When the walk reaches the end of
-            // the range, `walk_end` can be left where the last buffer but one was full (seen in 6.18):
+            // The kernel fills its own buffer of 512 regions several times over. When the walk reaches the
+            // end of the range, `walk_end` can be left where the last buffer but one was full (seen in 6.18):
             // the regions themselves tell how far it came.
             let mut next = regions.last().map_or(start, |region| region.end);
             for region in regions {
@@ -296,8 +299,8 @@ impl PagemapScanner {
         argument.vec_len = buffer.capacity() as u64;
         loop {
             fault::point();
-            // SAFETY: the kernel reads and writes the argument, and writes at most `vec_len` regions to `vec`, the
-            // spare capacity of the buffer.
+            // SAFETY: the kernel reads and writes the argument, and writes at most `vec_len` regions to
+            // `vec`, the spare capacity of the buffer.
             let count =
                 unsafe { libc::ioctl(self.pagemap.as_raw_fd(), PAGEMAP_SCAN, std::ptr::from_mut(argument)) };
             if let Ok(count) = usize::try_from(count) {

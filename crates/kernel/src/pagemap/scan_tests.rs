@@ -268,7 +268,8 @@ fn one_scan_of_the_whole_address_space_finds_the_same() {
 
 /// A userfaultfd that tracks writes to the area; closing it ends that.
 fn track_writes(area: &Area) -> Option<OwnedFd> {
-    let flags = rustix::mm::UserfaultfdFlags::CLOEXEC;
+    // Anybody may have one for faults of user mode.
+    let flags = rustix::mm::UserfaultfdFlags::CLOEXEC | rustix::mm::UserfaultfdFlags::from_bits_retain(1);
     // SAFETY: the descriptor is only used to write-protect an area of this test.
     let uffd = unsafe { rustix::mm::userfaultfd(flags) }.unwrap();
     let mut api =

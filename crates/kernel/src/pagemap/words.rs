@@ -24,7 +24,8 @@ const FRAME: u64 = (1 << 55) - 1;
 /// The last swap type: not a swap device but a marker in an entry without a page (include/linux/swap.h).
 const MARKER: u64 = 31;
 
-/// Whether a word stands for a page in swap. Without `CAP_SYS_ADMIN` the type is hidden, and a marker seems to be one.
+/// Whether a word stands for a page in swap. Without `CAP_SYS_ADMIN` the type is hidden, and a marker seems
+/// to be one.
 fn is_swapped(word: u64) -> bool {
     word & (PRESENT | SWAPPED) == SWAPPED && word & GUARD == 0 && word & MARKER != MARKER
 }
@@ -46,9 +47,9 @@ pub enum Frame {
 impl PagemapScanner {
     /// Where each page of `range` is, in order. The range must be aligned to pages.
     ///
-    /// Needs `CAP_SYS_ADMIN` in the initial user namespace when it is read, else `EPERM`; compare frames only while
-    /// both processes are stopped, since the kernel may migrate pages at any time (compaction), even then:
-    /// equal frames prove sharing, different ones only suggest that there is none.
+    /// Needs `CAP_SYS_ADMIN` in the initial user namespace when it is read, else `EPERM`; compare frames only
+    /// while both processes are stopped, since the kernel may migrate pages at any time (compaction), even
+    /// then: equal frames prove sharing, different ones only suggest that there is none.
     pub fn physical_frames(&self, range: Range<u64>) -> Result<Vec<Frame>> {
         let mut frames = Vec::with_capacity(((range.end.saturating_sub(range.start)) / page_size()) as usize);
         let mut hidden = false;
@@ -132,8 +133,8 @@ fn categories(word: u64, zero_frame: Option<u64>) -> Categories {
     page
 }
 
-/// The frame of the zero page, learnt from a page of our own that is read but never written. None if frames are hidden
-/// from us: then zero pages look like any other, and cost only the reading of them.
+/// The frame of the zero page, learnt from a page of our own that is read but never written. None if frames
+/// are hidden from us: then zero pages look like any other, and cost only the reading of them.
 pub(super) fn zero_frame() -> Option<u64> {
     use rustix::mm::{Advice, MapFlags, ProtFlags};
     let length = rustix::param::page_size();

@@ -18,6 +18,9 @@ use crate::{Error, Result, fault};
 /// `/proc/PID` or `/proc/PID/task/TID`, held open: when the process has ended and its number belongs to
 /// another, every method fails with `ESRCH` ([`Error::is_gone`]) instead of reading about the other.
 ///
+/// A zombie has no memory: its `maps`, `auxv`, `pagemap` and the like are empty, or fail with `ESRCH` as if
+/// it were gone, as the kernel's version has it. Look at [`Stat::state`] before.
+///
 /// Files are read with several `read` calls: what they say is one moment's truth only for a stopped process.
 #[derive(Debug)]
 pub struct ProcDir {
@@ -181,7 +184,7 @@ impl ProcDir {
         self.parsed("status", Status::parse)
     }
 
-    /// `maps`, without `vm_flags`, protection keys and page sizes. Empty for a zombie.
+    /// `maps`, without `vm_flags`, protection keys and page sizes.
     pub fn maps(&self) -> Result<Vec<Mapping>> {
         let mut mappings = Vec::new();
         self.each_line("maps", |line| {
@@ -191,8 +194,8 @@ impl ProcDir {
         Ok(mappings)
     }
 
-    /// `smaps`: mappings with all there is to know. The kernel writes 700 bytes and visits every page table entry
-    /// for it: ten times slower than [`ProcDir::maps`] for many small mappings, more for large ones.
+    /// `smaps`: mappings with all there is to know. The kernel writes 700 bytes and visits every page table
+    /// entry for it: ten times slower than [`ProcDir::maps`] for many small mappings, more for large ones.
     pub fn smaps(&self) -> Result<Vec<Mapping>> {
         let mut mappings = Vec::new();
         self.each_line("smaps", |line| maps::add_smaps_line(&mut mappings, line))?;
@@ -304,7 +307,7 @@ impl ProcDir {
         self.parsed("auxv", misc::parse_auxv)
     }
 
-    /// `cmdline`: the bytes between `arg_start` and `arg_end`, arguments ended by NUL. Empty for a zombie.
+    /// `cmdline`: the bytes between `arg_start` and `arg_end`, arguments ended by NUL.
     pub fn cmdline(&self) -> Result<Vec<u8>> {
         self.read("cmdline")
     }
@@ -343,7 +346,8 @@ impl ProcDir {
         self.number("loginuid")
     }
 
-    /// `timerslack_ns`
+    /// `timerslack_ns` of the first thread; that of others is asked inside (`PR_GET_TIMERSLACK`). Needs
+    /// `CAP_SYS_NICE` for any thread but the calling one.
     pub fn timerslack_ns(&self) -> Result<u64> {
         self.number("timerslack_ns")
     }

@@ -9,7 +9,8 @@ pub struct FdInfo {
     pub pos: i64,
     /// `O_*`: access mode and status flags of the description, and `O_CLOEXEC` of the descriptor.
     pub flags: u32,
-    /// Mount it was opened on, an ID of mountinfo; a mount outside the reader's namespace is not listed there.
+    /// Mount it was opened on, an ID of mountinfo; a mount outside the reader's namespace is not listed
+    /// there.
     pub mnt_id: Option<i32>,
     /// Inode number (5.14).
     pub ino: Option<u64>,
@@ -92,7 +93,8 @@ pub struct TimerFd {
     pub ticks: u64,
     /// Flags of the last `timerfd_settime`: `TFD_TIMER_ABSTIME`, `TFD_TIMER_CANCEL_ON_SET`.
     pub settime_flags: u32,
-    /// Time left to the next expiration (relative, also for an absolute timer), as (s, ns); (0, 0) when disarmed.
+    /// Time left to the next expiration (relative, also for an absolute timer), as (s, ns); (0, 0) when
+    /// disarmed.
     pub value: (u64, u64),
     /// Interval, as (s, ns).
     pub interval: (u64, u64),
@@ -125,7 +127,8 @@ pub struct FileHandle {
 /// A pidfd.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PidFd {
-    /// PID in the reader's PID namespace (that of the `/proc` mount); 0 when not visible there, -1 when reaped.
+    /// PID in the reader's PID namespace (that of the `/proc` mount); 0 when not visible there, -1 when
+    /// reaped.
     pub pid: i32,
     /// PIDs from that namespace inwards.
     pub ns_pid: Vec<i32>,

@@ -158,7 +158,13 @@ fn limits_mounts_and_small_files() {
     assert_eq!(dir.loginuid().unwrap(), process.loginuid().unwrap());
     assert_eq!(dir.personality().unwrap(), 0);
     assert!(dir.coredump_filter().unwrap().is_some());
-    assert!(dir.timerslack_ns().unwrap() > 0);
+    match dir.timerslack_ns() {
+        Ok(slack) => assert!(slack > 0),
+        Err(error) => {
+            assert_eq!(error.errno(), Some(libc::EPERM));
+            assert_ne!(rustix::process::geteuid(), rustix::process::Uid::ROOT);
+        }
+    }
     for kind in NsKind::ALL {
         let link = dir.link(&format!("ns/{}", kind.name())).unwrap();
         let ino = dir.ns_id(kind).unwrap().ino;
@@ -186,4 +192,66 @@ fn children_and_threads_are_listed() {
     // The directory stays that of the ended process, whoever gets its number.
     assert!(child_dir.stat().unwrap_err().is_gone());
     assert!(ProcDir::open(pid).unwrap_err().is_gone());
+}
+
+#[test]
+fn ids_in_a_nested_namespace_go_inwards() {
+    if rustix::process::geteuid() != rustix::process::Uid::ROOT {
+        return;
+    }
+    let mut outer = std::process::Command::new("unshare")
+        .args(["--pid", "--fork", "--kill-child", "sleep", "60"])
+        .spawn()
+        .unwrap();
+    let outer_dir = ProcDir::open(outer.id() as i32).unwrap();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let inner = loop {
+        if let [inner] = outer_dir.children().unwrap()[..] {
+            break inner;
+        }
+        assert!(std::time::Instant::now() < deadline, "unshare started no child");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    };
+    let inner_dir = ProcDir::open(inner).unwrap();
+    let status = inner_dir.status().unwrap();
+    let other_namespace = inner_dir.ns_id(NsKind::Pid).unwrap() != outer_dir.ns_id(NsKind::Pid).unwrap();
+    // The inner one first: unshare reaps it, and ends.
+    rustix::process::kill_process(
+        rustix::process::Pid::from_raw(inner).unwrap(),
+        rustix::process::Signal::KILL,
+    )
+    .unwrap();
+    outer.wait().unwrap();
+    assert_eq!((status.pid, status.ns_pid, status.ns_tgid), (inner, vec![inner, 1], vec![inner, 1]));
+    assert_eq!(status.ns_sid[1], 0, "the session leader is outside");
+    assert!(other_namespace);
+}
+
+#[test]
+fn a_zombie_has_no_memory() {
+    let mut child = std::process::Command::new("true").spawn().unwrap();
+    let dir = ProcDir::open(child.id() as i32).unwrap();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while dir.stat().unwrap().state != TaskState::Zombie {
+        assert!(std::time::Instant::now() < deadline, "the child does not end");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    let status = dir.status().unwrap();
+    // Kernels differ in whether such a file is empty or cannot be opened.
+    let nothing_of = |result: crate::Result<usize>| match result {
+        Ok(count) => count == 0,
+        Err(error) => error.is_gone(),
+    };
+    let told = [
+        nothing_of(dir.maps().map(|maps| maps.len())),
+        nothing_of(dir.smaps().map(|maps| maps.len())),
+        nothing_of(dir.auxv().map(|auxv| auxv.len())),
+        nothing_of(dir.cmdline().map(|line| line.len())),
+    ];
+    let rest =
+        (dir.coredump_filter().unwrap(), dir.timers().unwrap(), dir.exe().is_err(), dir.limits().is_ok());
+    child.wait().unwrap();
+    assert_eq!((status.state, status.umask, status.thp_enabled), (TaskState::Zombie, None, None));
+    assert_eq!(told, [true; 4]);
+    assert_eq!(rest, (None, vec![], true, true));
 }

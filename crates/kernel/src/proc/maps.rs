@@ -1,4 +1,5 @@
-//! `/proc/PID/maps` and `/proc/PID/smaps`: the mappings of a process (`proc_pid_maps(5)`, `fs/proc/task_mmu.c`).
+//! `/proc/PID/maps` and `/proc/PID/smaps`: the mappings of a process (`proc_pid_maps(5)`,
+//! `fs/proc/task_mmu.c`).
 //!
 //! ```text
 //! 7f00c0000000-7f00c0021000 rw-p 00000000 fe:00 1234     /path of the file (deleted)
@@ -62,7 +63,8 @@ impl Mapping {
 /// The name in the last column of `maps`.
 ///
 /// The kernel writes paths as they are seen from the reader's root, and escapes only newlines: a file whose
-/// own name ends in ` (deleted)` looks like a deleted one, and one with `\012` in its name like one with a newline.
+/// own name ends in ` (deleted)` looks like a deleted one, and one with `\012` in its name like one with a
+/// newline.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MappingName {
     /// No name: private anonymous memory.

@@ -1,8 +1,8 @@
 //! `/proc/PID`: what the kernel tells about a process.
 //!
-//! [`ProcDir`] opens the directory once and reads its files. The parsers are pure functions over bytes: they give a
-//! [`ParseError`] on anything the kernel would not write and never panic, whatever they are fed.
-//! The sources are the manual pages `proc_pid_*(5)` and the kernel's `fs/proc`.
+//! [`ProcDir`] opens the directory once and reads its files. The parsers are pure functions over bytes: they
+//! give a [`ParseError`] on anything the kernel would not write and never panic, whatever they are fed. The
+//! sources are the manual pages `proc_pid_*(5)` and the kernel's `fs/proc`.
 
 mod dir;
 mod fdinfo;

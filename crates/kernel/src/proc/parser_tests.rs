@@ -369,7 +369,8 @@ fn figures_for_fifty_thousand_mappings() {
             .unwrap()
     };
     for page in (0..COUNT).step_by(2) {
-        // SAFETY: within the mapping above; every other page gets another protection, so that mappings cannot merge.
+        // SAFETY: within the mapping above; every other page gets another protection, so that mappings cannot
+        // merge.
         unsafe {
             let page = start.cast::<u8>().add(page * 4096).cast();
             rustix::mm::mprotect(
