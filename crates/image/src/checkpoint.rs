@@ -14,12 +14,9 @@ use serde::Deserialize;
 use crate::blob::BlobReader;
 use crate::cbor;
 use crate::error::{OpenError, ReadError, WriteError};
-use crate::index::{CHUNK, Extent, Index, SpaceId};
+use crate::index::{CHUNK, Extent, Index, MAX_INDEX, SpaceId};
 use crate::manifest::{Digest, FileEntry, INDEX, MANIFEST, MAX_MANIFEST, Manifest, PAGES, STATE};
 use crate::sink::{MAX_STATE, Sink};
-
-/// No index is larger: 1 GiB, which is 24 million extents.
-const MAX_INDEX: u64 = 1 << 30;
 
 /// A checkpoint whose manifest, state and index are whole. The pages and blobs are checked as they are read.
 #[derive(Debug)]

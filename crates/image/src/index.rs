@@ -32,6 +32,9 @@ pub const PAGE: u64 = 4096;
 /// How many bytes of an extent one checksum covers.
 pub const CHUNK: u64 = 1 << 20;
 
+/// No index is larger: 1 GiB, which is 24 million extents.
+pub(crate) const MAX_INDEX: u64 = 1 << 30;
+
 const MAGIC: [u8; 8] = *b"LIMOSAIX";
 
 /// The number of an address space or shared-memory object within one checkpoint. What it stands for is
@@ -104,6 +107,11 @@ pub(crate) struct Index {
 }
 
 impl Index {
+    /// The length of the file in bytes.
+    pub(crate) fn size(&self) -> u64 {
+        (size_of::<Header>() + self.extents.len() * size_of::<Record>() + self.checksums.len() * 4) as u64
+    }
+
     /// The file's bytes.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let header = Header {
@@ -115,8 +123,7 @@ impl Index {
             pages_length: U64::new(self.pages_length),
             reserved2: U64::new(0),
         };
-        let size = size_of::<Header>() + self.extents.len() * size_of::<Record>() + self.checksums.len() * 4;
-        let mut bytes = Vec::with_capacity(size);
+        let mut bytes = Vec::with_capacity(self.size() as usize);
         bytes.extend_from_slice(header.as_bytes());
         for extent in &self.extents {
             let record = Record {
@@ -277,3 +284,6 @@ fn check_record(record: &Record, pages_length: u64, checksums: u64) -> Result<Ex
     }
     Ok(extent)
 }
+
+#[cfg(test)]
+mod tests;

@@ -45,4 +45,10 @@ pub use name::{MAX_NAME, is_valid as is_valid_name};
 pub use sink::{Sink, put};
 pub use staging::Staging;
 pub use verify::{VerifyReport, verify};
+/// The checks of a `memory.index`, alone, for fuzzing. Returns the number of extents.
+#[doc(hidden)]
+pub fn check_index(bytes: &[u8], pages_length: u64) -> Result<usize, OpenError> {
+    index::Index::from_bytes(bytes, pages_length).map(|index| index.extents.len())
+}
+
 pub use writer::{CheckpointWriter, Committed};

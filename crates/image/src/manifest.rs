@@ -216,8 +216,8 @@ impl Manifest {
         })
     }
 
-    /// The file's bytes.
-    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>, cbor::EncodeError> {
+    /// The bytes of the file `manifest`.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, cbor::EncodeError> {
         let body = cbor::encode(self)?;
         let header = Header {
             magic: MAGIC,
@@ -232,8 +232,8 @@ impl Manifest {
         Ok(bytes)
     }
 
-    /// Reads the file's bytes and checks all that can be checked without the other files.
-    pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Self, OpenError> {
+    /// Reads the bytes of the file `manifest` and checks all that can be checked without the other files.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, OpenError> {
         let malformed = |offset: usize, reason: String| OpenError::Malformed {
             file: MANIFEST.into(),
             offset: offset as u64,

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use limosa_kernel::fault;
 
 use crate::error::WriteError;
-use crate::index::{CHUNK, Extent, Index, SpaceId};
+use crate::index::{CHUNK, Extent, Index, MAX_INDEX, SpaceId};
 use crate::sink::check_pages;
 
 /// How much is collected before it is written: large enough that system calls do not count, small enough
@@ -163,6 +163,10 @@ impl PageStore {
             let (length, offset) = (piece.length, piece.offset);
             index.extents.push(Extent { space, start, length, offset, first_checksum });
             index.checksums.extend_from_slice(&piece.checksums);
+        }
+        if index.size() > MAX_INDEX {
+            let (what, length) = ("the index of the memory", index.size());
+            return Err(WriteError::TooLarge { what, length, limit: MAX_INDEX });
         }
         Ok((self.file, index))
     }
