@@ -11,6 +11,7 @@ mod pipes;
 mod registers;
 mod signals;
 mod sleeps;
+mod terminal;
 mod threads;
 mod timers;
 mod tree;
@@ -45,6 +46,7 @@ const KINDS: &[(&str, SetUp)] = &[
     ("registers", registers::set_up),
     ("signals", signals::set_up),
     ("sleeps", sleeps::set_up),
+    ("terminal", terminal::set_up),
     ("threads", threads::set_up),
     ("timers", timers::set_up),
     ("tree", tree::set_up),

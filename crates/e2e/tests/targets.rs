@@ -1,0 +1,38 @@
+//! The targets themselves, without Limosa: each sets itself up, verifies itself more than once, and leaves nothing.
+
+use limosa_e2e::sandbox::sandboxed;
+use limosa_e2e::target::Target;
+
+macro_rules! targets {
+    ($($name:ident: $kind:literal $($option:literal)*;)*) => {$(
+        #[test]
+        fn $name() {
+            sandboxed(|sandbox| {
+                let target = Target::start(sandbox, $kind, &[$($option),*])?;
+                for _ in 0..2 {
+                    target.verify()?;
+                }
+                target.quit()?;
+                Ok(())
+            });
+        }
+    )*};
+}
+
+targets! {
+    events: "events";
+    files: "files";
+    heartbeat: "heartbeat";
+    memory: "memory";
+    memory_advice: "memory-advice";
+    memory_file: "memory-file";
+    memory_shared: "memory-shared";
+    pipes: "pipes";
+    registers: "registers";
+    signals: "signals";
+    sleeps: "sleeps";
+    sleeps_that_stopping_interrupts: "sleeps" "epoll_wait" "sigtimedwait" "recv-timeout";
+    threads: "threads";
+    timers: "timers";
+    tree: "tree";
+}
