@@ -335,6 +335,8 @@ proptest! {
     fn real_files_cut_and_damaged_do_no_harm(file in 0usize..9, cut: proptest::sample::Index, at: proptest::sample::Index, byte: u8) {
         let name = ["stat", "status", "maps", "smaps", "fdinfo/0", "mountinfo", "limits", "cgroup", "auxv"][file];
         let mut content = ProcDir::open(std::process::id() as i32).unwrap().read(name).unwrap();
+        // Without any cgroup hierarchy that file is empty.
+        prop_assume!(!content.is_empty());
         let at = at.index(content.len());
         content[at] = byte;
         content.truncate(cut.index(content.len()) + 1);
