@@ -1,1 +1,20 @@
-//! limosa-engine
+//! Checkpoint and restore of process trees.
+//!
+//! [`checkpoint`] and [`restore`] tell the story in one page each; `resources` has one room for each kind of
+//! kernel object: what it is in a checkpoint, how it is captured, how it is rebuilt.
+
+pub mod checkpoint;
+mod error;
+mod freeze;
+pub mod memory;
+mod plan;
+mod report;
+pub mod resources;
+pub mod restore;
+pub mod state;
+mod view;
+
+pub use error::{CaptureError, Refusal, RestoreError, Subject};
+pub use freeze::Frozen;
+pub use report::{Phase, Report};
+pub use view::{DescriptionView, ProcessView, ThreadView};

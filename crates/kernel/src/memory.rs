@@ -126,3 +126,21 @@ impl ForeignMemory {
         Error::new(operation, format_args!("/proc/{}/mem at {address:#x}", self.pid), error)
     }
 }
+
+/// Shared anonymous memory of `size` bytes (rounded up to pages), as a descriptor that any process may map: what
+/// mmap(2) with `MAP_SHARED | MAP_ANONYMOUS` makes, opened through `/proc/self/map_files`. Needs
+/// `CAP_CHECKPOINT_RESTORE` or `CAP_SYS_ADMIN`.
+pub fn shared_anonymous(size: u64) -> Result<std::os::fd::OwnedFd> {
+    use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+    fault::point();
+    let length = (size as usize).max(1).next_multiple_of(4096);
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: the kernel chooses an address where nothing is mapped; the mapping is never dereferenced.
+    let start = unsafe { mmap_anonymous(std::ptr::null_mut(), length, protection, MapFlags::SHARED) }
+        .map_err(|errno| Error::new("mmap", format_args!("{length} bytes of shared memory"), errno))?;
+    let path = format!("/proc/self/map_files/{:x}-{:x}", start.addr(), start.addr() + length);
+    let opened = OpenOptions::new().read(true).write(true).open(&path);
+    // SAFETY: unmaps exactly the mapping made above, to which no reference exists.
+    unsafe { munmap(start, length) }.map_err(|errno| Error::new("munmap", &path, errno))?;
+    opened.map(Into::into).map_err(|error| Error::new("open", path, error))
+}

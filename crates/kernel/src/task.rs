@@ -179,3 +179,20 @@ pub fn queue_signal(pid: i32, tid: Option<i32>, signal: i32, info: &crate::ptrac
     }
     Ok(())
 }
+
+/// Who gets the signals of a descriptor and which signal: owner type and ID (`F_GETOWN_EX`) and `F_GETSIG`; `None`
+/// where no owner is set (fcntl(2)).
+pub fn descriptor_owner(descriptor: impl AsFd) -> Option<(i32, i32, i32)> {
+    const F_GETOWN_EX: i32 = 16;
+    const F_GETSIG: i32 = 11;
+    let fd = descriptor.as_fd().as_raw_fd();
+    let mut owner = [0_i32; 2];
+    // SAFETY: F_GETOWN_EX writes a struct f_owner_ex, two 32-bit numbers, to the live array.
+    let result = unsafe { libc::fcntl(fd, F_GETOWN_EX, owner.as_mut_ptr()) };
+    if result != 0 || owner[1] == 0 {
+        return None;
+    }
+    // SAFETY: takes numbers only.
+    let signal = unsafe { libc::fcntl(fd, F_GETSIG) };
+    Some((owner[0], owner[1], signal.max(0)))
+}

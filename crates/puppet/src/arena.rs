@@ -123,6 +123,12 @@ impl Arena {
         self.base + *arch::RESIDENT_WAIT as u64
     }
 
+    /// Address of a system-call instruction in the stub.
+    pub fn syscall_address(&self) -> u64 {
+        let at = arch::RESIDENT.windows(2).position(|code| code == arch::SYSCALL_INSTRUCTION).unwrap_or(0);
+        self.base + at as u64
+    }
+
     /// Takes `length` zeroed bytes, 64-byte aligned.
     pub fn allocate(&mut self, length: usize) -> Result<Slice, ArenaError> {
         let address = self.next;

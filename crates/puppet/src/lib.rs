@@ -20,4 +20,4 @@ mod visit;
 pub use arena::{Arena, ArenaError, Slice};
 pub use program::{Arg, CallId, Data, Outcome, Program, ProgramError, RenderedProgram};
 pub use resident::{Birth, Resident, ResidentError, Running};
-pub use visit::{Vdso, Visit, VisitError, step_out_of_stub};
+pub use visit::{Vdso, Visit, VisitError, elf_extent, step_out_of_stub};

@@ -91,6 +91,8 @@ struct Op {
     number: u32,
     flags: u32,
     arguments: [Arg; 6],
+    /// Results of earlier calls, copied as words into buffers right before this call.
+    stores: Vec<(CallId, Data, usize)>,
     /// What the call is for, shown in errors and by `--explain`.
     purpose: &'static str,
 }
@@ -102,6 +104,8 @@ pub struct Program {
     data: Vec<u8>,
     /// Words in the data that hold the address of another buffer (pointers inside structs).
     pointers: Vec<(usize, Data, usize)>,
+    /// Stores asked for since the last call was added.
+    stores: Vec<(CallId, Data, usize)>,
 }
 
 impl Program {
@@ -148,7 +152,8 @@ impl Program {
     fn add(&mut self, purpose: &'static str, number: i64, arguments: &[Arg], flags: u32) -> CallId {
         let mut six = [Arg::Value(0); 6];
         six[..arguments.len()].copy_from_slice(arguments);
-        self.ops.push(Op { number: number as u32, flags, arguments: six, purpose });
+        let stores = std::mem::take(&mut self.stores);
+        self.ops.push(Op { number: number as u32, flags, arguments: six, stores, purpose });
         CallId(self.ops.len() - 1)
     }
 
@@ -186,6 +191,11 @@ impl Program {
         self.pointers.push((buffer.offset + at, target, 0));
     }
 
+    /// Has the result of `call` copied, as a word, to byte `at` of `buffer` before the next call that is added.
+    pub fn store(&mut self, call: CallId, buffer: Data, at: usize) {
+        self.stores.push((call, buffer, at));
+    }
+
     /// How many calls there are.
     pub fn len(&self) -> usize {
         self.ops.len()
@@ -208,7 +218,7 @@ impl Program {
         let mut places = Vec::with_capacity(self.ops.len());
         let mut position = 0;
         for op in &self.ops {
-            position += op.arguments.iter().filter(|argument| argument.is_late()).count() * OP_SIZE;
+            position += op.moves() * OP_SIZE;
             places.push(position);
             position += OP_SIZE;
         }
@@ -217,8 +227,16 @@ impl Program {
         let address = |data: &Data, within: usize| base + (data_offset + data.offset + within) as u64;
         for (index, op) in self.ops.iter().enumerate() {
             let place = places[index];
-            let mut before =
-                place - op.arguments.iter().filter(|argument| argument.is_late()).count() * OP_SIZE;
+            let mut before = place - op.moves() * OP_SIZE;
+            for (call, buffer, at) in &op.stores {
+                let source = base + (places[call.0] + RESULT_OFFSET) as u64;
+                put(
+                    &mut image,
+                    before,
+                    &[u64::from(KIND_MOVE) << 32, source, address(buffer, *at), 0, 0, 0, 0, 0],
+                );
+                before += OP_SIZE;
+            }
             let mut words = [0_u64; 8];
             words[0] = u64::from(op.number) | u64::from(KIND_CALL | op.flags) << 32;
             for (slot, argument) in op.arguments.iter().enumerate() {
@@ -251,6 +269,13 @@ impl Program {
             image[data_offset + at..data_offset + at + 8].copy_from_slice(&word.to_le_bytes());
         }
         RenderedProgram { image, places, data_offset, ops: self.ops }
+    }
+}
+
+impl Op {
+    /// How many MOVEs stand before it.
+    fn moves(&self) -> usize {
+        self.stores.len() + self.arguments.iter().filter(|argument| argument.is_late()).count()
     }
 }
 

@@ -102,7 +102,7 @@ impl Vdso {
 }
 
 /// Bytes of an ELF-64 image that its headers, segments and sections cover.
-fn elf_extent(image: &[u8]) -> Option<usize> {
+pub fn elf_extent(image: &[u8]) -> Option<usize> {
     let half = |at: usize| Some(u16::from_le_bytes(image.get(at..at + 2)?.try_into().ok()?) as usize);
     let word =
         |at: usize| Some(u64::from_le_bytes(image.get(at..at.checked_add(8)?)?.try_into().ok()?) as usize);

@@ -1,8 +1,10 @@
 //! The subcommands, one file for each family. A new one is a file, a line in `mod`, a variant and an arm.
 
+mod checkpoint;
 mod containers;
 mod exec;
 mod logs;
+mod restore;
 mod run;
 
 use clap::Subcommand;
@@ -12,6 +14,8 @@ use crate::context::{Context, Outcome};
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    Checkpoint(checkpoint::Checkpoint),
+    Restore(restore::Restore),
     Run(run::Run),
     Exec(exec::Exec),
     Logs(logs::Logs),
@@ -24,6 +28,8 @@ impl Command {
     /// Does it.
     pub fn execute(self, context: &Context) -> Outcome {
         match self {
+            Self::Checkpoint(command) => command.execute(context),
+            Self::Restore(command) => command.execute(context),
             Self::Run(command) => command.execute(context),
             Self::Exec(command) => command.execute(context),
             Self::Logs(command) => command.execute(context),

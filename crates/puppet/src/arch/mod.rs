@@ -2,4 +2,6 @@
 
 mod x86_64;
 
-pub use x86_64::{RESIDENT, RESIDENT_WAIT, VISITOR, VisitorLayout, syscall_name, visitor_layout};
+pub use x86_64::{
+    RESIDENT, RESIDENT_WAIT, SYSCALL_INSTRUCTION, VISITOR, VisitorLayout, syscall_name, visitor_layout,
+};

@@ -222,6 +222,9 @@ fn code(start: *const u8, end: *const u8) -> &'static [u8] {
 pub static RESIDENT: LazyLock<&'static [u8]> =
     LazyLock::new(|| code(&raw const limosa_resident_start, &raw const limosa_resident_end_of_code));
 
+/// The instruction that enters the kernel.
+pub const SYSCALL_INSTRUCTION: [u8; 2] = [0x0f, 0x05];
+
 /// Offset in [`RESIDENT`] of the place where it waits for a command.
 pub static RESIDENT_WAIT: LazyLock<usize> =
     LazyLock::new(|| (&raw const limosa_resident_wait).addr() - (&raw const limosa_resident_start).addr());
@@ -268,7 +271,7 @@ macro_rules! names {
 names! {
     SYS_arch_prctl SYS_bind SYS_brk SYS_capset SYS_chdir SYS_chroot SYS_clone3 SYS_close SYS_close_range SYS_connect
     SYS_dup2 SYS_dup3 SYS_epoll_create1 SYS_epoll_ctl SYS_exit SYS_exit_group SYS_fchdir SYS_fcntl SYS_flock SYS_futex
-    SYS_getegid SYS_getitimer SYS_getpid SYS_getppid SYS_gettid SYS_inotify_add_watch SYS_ioctl SYS_ioprio_set
+    SYS_getegid SYS_getitimer SYS_getpid SYS_getppid SYS_gettid SYS_inotify_add_watch SYS_ioctl SYS_ioprio_set SYS_kill
     SYS_madvise SYS_mlock2 SYS_mmap SYS_mount SYS_mprotect SYS_mremap SYS_munmap SYS_open SYS_openat SYS_personality
     SYS_pipe2 SYS_prctl SYS_preadv SYS_prlimit64 SYS_process_madvise SYS_recvmsg SYS_rseq SYS_rt_sigaction
     SYS_rt_sigprocmask SYS_rt_sigqueueinfo SYS_rt_sigtimedwait SYS_rt_tgsigqueueinfo SYS_sched_setaffinity

@@ -1,0 +1,85 @@
+//! `limosa restore`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::Args;
+use limosa_engine::{Report, restore};
+use limosa_image::Checkpoint;
+use serde::Serialize;
+
+use crate::context::{Context, Outcome};
+
+/// Start again what a checkpoint holds.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    limosa restore /var/tmp/ck\n  \
+    limosa restore /var/tmp/ck --detach --pidfile /run/ck.pid")]
+pub struct Restore {
+    /// The checkpoint's directory.
+    dir: PathBuf,
+
+    /// Return when the tree runs; otherwise wait and pass on its exit status.
+    #[arg(long)]
+    detach: bool,
+
+    /// Write the root's PID to FILE.
+    #[arg(long, value_name = "FILE")]
+    pidfile: Option<PathBuf>,
+
+    /// The directory that becomes the tree's root.
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+}
+
+/// The report of a restore.
+#[derive(Debug, Serialize)]
+struct Done {
+    pid: i32,
+    /// Microseconds from the start until the first instruction of the tree.
+    first_instruction_us: u64,
+    #[serde(flatten)]
+    report: Report,
+}
+
+impl Restore {
+    /// Restores.
+    pub fn execute(self, context: &Context) -> Outcome {
+        let mut report = Report::default();
+        let checkpoint = report.phase("open", |_| Checkpoint::open(&self.dir))?;
+        let options = restore::Options { root: self.root };
+        let planned = report.phase("plan", |_| restore::Planned::new(&checkpoint, options))?;
+        let loaded = planned.build(&mut report)?;
+        if let Some(path) = &self.pidfile {
+            std::fs::write(path, format!("{}\n", loaded.root()))
+                .with_context(|| format!("writing {}", path.display()))?;
+        }
+        let started = loaded.start(&mut report)?;
+        let done = Done { pid: started.root, first_instruction_us: report.elapsed_us(), report };
+        let text = format!(
+            "process {} runs: {} processes, {} threads; first instruction after {:.1} ms\n",
+            done.pid,
+            done.report.processes,
+            done.report.threads,
+            done.first_instruction_us as f64 / 1000.0
+        );
+        context.report(&done, text)?;
+        if self.detach {
+            return Ok(ExitCode::SUCCESS);
+        }
+        wait_for(started.root)
+    }
+}
+
+/// Waits for the root and passes on its exit status; 128 + N if signal N ended it.
+fn wait_for(pid: i32) -> Outcome {
+    use limosa_kernel::ptrace::{WaitStatus, wait};
+    loop {
+        match wait(pid)? {
+            WaitStatus::Exited(status) => return Ok(ExitCode::from(status as u8)),
+            WaitStatus::Killed(signal) => return Ok(ExitCode::from(128 + signal as u8)),
+            WaitStatus::Stopped { .. } => {}
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! Checkpoint: a running tree becomes data.
+//!
+//! ```text
+//!   Running ── freeze ──► Frozen ── capture ──► Captured ── the caller makes it durable ──► release or end
+//! ```
+//!
+//! Dropped at any point, or killed, the tree runs on.
+
+use std::collections::HashMap;
+
+use limosa_image::Sink;
+use limosa_kernel::memory::ForeignMemory;
+use limosa_kernel::proc::{MappingName, TaskState};
+use limosa_kernel::task::{self, Comparison};
+use limosa_puppet::{Program, Vdso, Visit, step_out_of_stub};
+
+use crate::error::{CaptureError, Refusal};
+use crate::freeze::{Frozen, FrozenProcess};
+use crate::memory::{self, SpaceAllocator};
+use crate::report::Report;
+use crate::resources::mapping::MappingState;
+use crate::resources::shared_memory::SharedObjects;
+use crate::resources::{
+    CaptureContext, DescriptorState, NamespaceState, ProcessState, ThreadState, registers,
+};
+use crate::state::{Body, Description, Descriptor, Life, Process, TREE, Thread, Tree};
+use crate::view::{DescriptionView, ProcessView, ThreadView};
+
+/// A tree that is captured, and still frozen.
+#[derive(Debug)]
+pub struct Captured {
+    frozen: Frozen,
+}
+
+/// Freezes the tree rooted at `root` and puts everything about it into `sink`.
+pub fn capture(root: i32, sink: &mut dyn Sink, report: &mut Report) -> Result<Captured, CaptureError> {
+    let frozen = report.phase("freeze", |_| Frozen::stop(root))?;
+    let views = report.phase("look", |_| views(&frozen))?;
+    let mut spaces = SpaceAllocator::default();
+    let mut shared = SharedObjects::default();
+    let namespaces = NamespaceState::capture(&views[0])?;
+    let mut processes = report.phase("ask", |_| ask_all(&frozen, &views, &mut spaces, &mut shared))?;
+    let descriptions = report.phase("descriptors", |_| {
+        capture_descriptors(&views, &mut processes, sink, &mut spaces, &mut shared)
+    })?;
+    report.phase("memory", |report| -> Result<(), CaptureError> {
+        for (view, process) in views.iter().zip(&processes) {
+            if let Life::Alive(body) = &process.life {
+                report.page_bytes += memory::copy_out(view, &body.mappings, body.space, sink)?;
+            }
+        }
+        Ok(())
+    })?;
+    let (shared_objects, bytes) = report.phase("shared memory", |_| shared.store(sink, &mut spaces))?;
+    report.page_bytes += bytes;
+    let tree = Tree { processes, descriptions, shared_objects, namespaces };
+    report.processes = tree.processes.len();
+    report.threads = tree.living().map(|(_, body)| body.threads.len()).sum();
+    report.mappings = tree.living().map(|(_, body)| body.mappings.len()).sum();
+    report.descriptions = tree.descriptions.len();
+    report.phase("state", |_| limosa_image::put(sink, TREE, &tree))?;
+    drop(views);
+    Ok(Captured { frozen })
+}
+
+impl Captured {
+    /// Lets the tree run on.
+    pub fn release(self) -> Result<(), CaptureError> {
+        self.frozen.release()
+    }
+
+    /// Ends the tree, which lives on in the checkpoint.
+    pub fn end(self) -> Result<(), CaptureError> {
+        self.frozen.end(reap_children)
+    }
+}
+
+/// What can be seen of every process from outside.
+fn views(frozen: &Frozen) -> Result<Vec<ProcessView<'_>>, CaptureError> {
+    frozen
+        .processes
+        .iter()
+        .map(|process| {
+            let status = process.proc.status()?;
+            let zombie = status.state == TaskState::Zombie;
+            Ok(ProcessView {
+                pid: process.pid,
+                own_pid: status.ns_pid.last().copied().unwrap_or(process.pid),
+                proc: &process.proc,
+                stat: process.proc.stat()?,
+                mappings: if zombie { Vec::new() } else { process.proc.smaps()? },
+                status,
+            })
+        })
+        .collect()
+}
+
+fn ask_all(
+    frozen: &Frozen,
+    views: &[ProcessView],
+    spaces: &mut SpaceAllocator,
+    shared: &mut SharedObjects,
+) -> Result<Vec<Process>, CaptureError> {
+    let own: HashMap<i32, i32> = views.iter().map(|view| (view.pid, view.own_pid)).collect();
+    let mut processes = Vec::with_capacity(views.len());
+    for (process, view) in frozen.processes.iter().zip(views) {
+        let life = if process.threads.is_empty() {
+            Life::Zombie { wait_status: view.stat.exit_code, name: view.stat.comm.clone() }
+        } else {
+            Life::Alive(Box::new(capture_body(process, view, spaces, shared)?))
+        };
+        processes.push(Process {
+            pid: view.own_pid,
+            parent: own.get(&process.parent).copied().unwrap_or(0),
+            process_group: view.status.ns_pgid.last().copied().unwrap_or(0),
+            session: view.status.ns_sid.last().copied().unwrap_or(0),
+            exit_signal: view.stat.exit_signal,
+            life,
+        });
+    }
+    Ok(processes)
+}
+
+/// Asks a process and its threads what only they can tell.
+fn capture_body(
+    process: &FrozenProcess,
+    view: &ProcessView,
+    spaces: &mut SpaceAllocator,
+    shared: &mut SharedObjects,
+) -> Result<Body, CaptureError> {
+    let foreign = ForeignMemory::open(process.pid)?;
+    let vdso = locate_vdso(view, &foreign)?;
+    for tid in &process.threads {
+        step_out_of_stub(*tid, &vdso)?;
+        registers::hide_interruption(*tid)?;
+    }
+    let caught = view.status.signals.caught;
+    let mut threads = Vec::with_capacity(process.threads.len());
+    let mut state = None;
+    for tid in &process.threads {
+        let proc = process.proc.task(*tid)?;
+        let status = proc.status()?;
+        let own_tid = status.ns_pid.last().copied().unwrap_or(*tid);
+        let thread = ThreadView { process: view, tid: *tid, own_tid, proc, status };
+        let mut program = Program::new();
+        let process_questions =
+            if *tid == process.pid { Some(ProcessState::ask(view, &mut program)?) } else { None };
+        let thread_questions = ThreadState::ask(&thread, &mut program)?;
+        let mut visit = Visit::begin(process.pid, *tid, vdso, &foreign, caught, program.size())?;
+        let outcome = visit.run(program)?;
+        visit.end()?;
+        outcome.check().map_err(|source| CaptureError::Question { pid: process.pid, source })?;
+        if let Some(questions) = &process_questions {
+            state = Some(ProcessState::capture(view, questions, &outcome)?);
+        }
+        threads.push(Thread {
+            tid: own_tid,
+            state: ThreadState::capture(&thread, &thread_questions, &outcome)?,
+        });
+    }
+    Ok(Body {
+        space: spaces.next(),
+        mappings: MappingState::capture_all(view, shared)?,
+        descriptors: Vec::new(),
+        threads,
+        stopped: process.job_stopped,
+        state: state.ok_or(CaptureError::Ended { pid: process.pid })?,
+    })
+}
+
+fn locate_vdso(view: &ProcessView, memory: &ForeignMemory) -> Result<Vdso, CaptureError> {
+    let mapping =
+        view.mappings.iter().find(|mapping| mapping.name == MappingName::Vdso).ok_or_else(|| {
+            Refusal::process(view.pid, "it has no vDSO", "run it on a kernel with vdso enabled (no vdso=0)")
+        })?;
+    Ok(Vdso::locate(view.pid, memory, mapping.start, mapping.end)?)
+}
+
+/// Finds out which descriptors share an open file description, and captures each description once.
+fn capture_descriptors(
+    views: &[ProcessView],
+    processes: &mut [Process],
+    sink: &mut dyn Sink,
+    spaces: &mut SpaceAllocator,
+    shared: &mut SharedObjects,
+) -> Result<Vec<Description>, CaptureError> {
+    let mut found: Vec<DescriptionView> = Vec::new();
+    let mut by_inode: HashMap<(u64, u64), Vec<usize>> = HashMap::new();
+    let mut by_number = HashMap::new();
+    for (view, process) in views.iter().zip(processes.iter_mut()) {
+        let Life::Alive(body) = &mut process.life else { continue };
+        let pidfd = task::pidfd_open(view.pid)?;
+        for number in view.proc.fds()? {
+            let descriptor = task::pidfd_getfd(&pidfd, number)?;
+            let stat = rustix::fs::fstat(&descriptor)
+                .map_err(CaptureError::io("fstat of a descriptor", view.pid))?;
+            let info = view.proc.fdinfo(number)?;
+            let close_on_exec = info.flags & libc::O_CLOEXEC as u32 != 0;
+            let alike = by_inode.entry((stat.st_dev, stat.st_ino)).or_default();
+            let mut same = None;
+            for index in alike.iter() {
+                let other = &found[*index];
+                let (a, b) = (other.number as u64, number as u64);
+                if task::kcmp(other.process.pid, view.pid, Comparison::File, a, b)?.is_eq() {
+                    same = Some(*index);
+                    break;
+                }
+            }
+            let description = match same {
+                Some(index) => index,
+                None => {
+                    alike.push(found.len());
+                    let link = view.proc.fd_link(number)?;
+                    found.push(DescriptionView { process: view, number, link, info, descriptor, stat });
+                    found.len() - 1
+                }
+            };
+            by_number.insert((view.own_pid, number), description);
+            body.descriptors.push(Descriptor { number, description, close_on_exec });
+        }
+    }
+    let mut context = CaptureContext::new(sink, spaces, &by_number, shared);
+    found
+        .iter()
+        .map(|view| {
+            Ok(Description {
+                flags: view.info.flags & !(libc::O_CLOEXEC as u32),
+                owner: limosa_kernel::task::descriptor_owner(&view.descriptor),
+                state: DescriptorState::capture(view, &mut context)?,
+            })
+        })
+        .collect()
+}
+
+/// Has a frozen parent reap children that have just been ended: process 1 may be slow to do it.
+fn reap_children(parent: i32, children: &[i32]) {
+    let reap = || -> Result<(), CaptureError> {
+        let proc = limosa_kernel::proc::ProcDir::open(parent)?;
+        let (status, stat) = (proc.status()?, proc.stat()?);
+        let mappings = proc.maps()?;
+        let view = ProcessView { pid: parent, own_pid: parent, proc: &proc, stat, mappings, status };
+        let foreign = ForeignMemory::open(parent)?;
+        let vdso = locate_vdso(&view, &foreign)?;
+        let mut program = Program::new();
+        for child in children {
+            let own = limosa_kernel::proc::ProcDir::open(*child).and_then(|proc| proc.status());
+            let own = own.ok().and_then(|status| status.ns_pid.last().copied()).unwrap_or(*child);
+            let arguments = [own.into(), 0.into(), libc::__WALL.into(), 0.into()];
+            program.try_call("reap a child", libc::SYS_wait4, arguments);
+        }
+        let mut visit =
+            Visit::begin(parent, parent, vdso, &foreign, view.status.signals.caught, program.size())?;
+        visit.run(program)?;
+        visit.end()?;
+        Ok(())
+    };
+    if let Err(error) = reap() {
+        tracing::debug!(parent, %error, "its children are left to process 1");
+    }
+}

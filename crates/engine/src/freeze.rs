@@ -1,0 +1,205 @@
+//! Stopping a whole process tree by ptrace, and letting it go.
+//!
+//! Every thread is seized and interrupted; lists of threads and children are read again until nothing new
+//! appears. When the controller dies, the kernel detaches all of them and they run on.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use limosa_kernel::proc::{ProcDir, Status, TaskState};
+use limosa_kernel::ptrace::{self, WaitStatus};
+
+use crate::error::CaptureError;
+
+/// Longest wait for one thread to stop; only one in an uninterruptible sleep takes long.
+const PATIENCE: Duration = Duration::from_secs(10);
+const ROUNDS: usize = 100;
+
+/// A frozen process.
+#[derive(Debug)]
+pub struct FrozenProcess {
+    /// PID in the controller's PID namespace.
+    pub pid: i32,
+    /// Parent in the controller's PID namespace.
+    pub parent: i32,
+    /// `/proc/PID`.
+    pub proc: ProcDir,
+    /// TIDs of its stopped threads, the leader first; empty for a zombie.
+    pub threads: Vec<i32>,
+    /// Whether job control had stopped it.
+    pub job_stopped: Option<i32>,
+}
+
+/// A tree of processes all of whose threads are stopped. Dropped, it lets them go.
+#[derive(Debug)]
+pub struct Frozen {
+    /// Parents before children; the first is the root.
+    pub processes: Vec<FrozenProcess>,
+    seized: Vec<i32>,
+}
+
+impl Frozen {
+    /// Stops the tree rooted at `root`.
+    pub fn stop(root: i32) -> Result<Self, CaptureError> {
+        let mut frozen = Self { processes: Vec::new(), seized: Vec::new() };
+        frozen.add(root, 0)?;
+        if frozen.processes[0].threads.is_empty() {
+            return Err(CaptureError::Ended { pid: root });
+        }
+        let mut known: HashSet<i32> = HashSet::from([root]);
+        for _ in 0..ROUNDS {
+            let mut grown = false;
+            let mut index = 0;
+            while index < frozen.processes.len() {
+                let process = &frozen.processes[index];
+                let pid = process.pid;
+                if !process.threads.is_empty() {
+                    for child in process.proc.children()? {
+                        if known.insert(child) {
+                            frozen.add(child, pid)?;
+                            grown = true;
+                        }
+                    }
+                }
+                index += 1;
+            }
+            if !grown {
+                return Ok(frozen);
+            }
+        }
+        Err(CaptureError::Unstable { root })
+    }
+
+    /// Stops all threads of `pid` and adds it.
+    fn add(&mut self, pid: i32, parent: i32) -> Result<(), CaptureError> {
+        let proc = ProcDir::open(pid)?;
+        let mut process = FrozenProcess { pid, parent, proc, threads: Vec::new(), job_stopped: None };
+        if process.proc.status()?.state == TaskState::Zombie {
+            self.processes.push(process);
+            return Ok(());
+        }
+        for _ in 0..ROUNDS {
+            let fresh: Vec<i32> =
+                process.proc.tasks()?.into_iter().filter(|tid| !process.threads.contains(tid)).collect();
+            if fresh.is_empty() {
+                // The leader's TID is the PID; the kernel lists threads in the order of their making, not always
+                // with the leader first.
+                process.threads.sort_unstable_by_key(|tid| (*tid != pid, *tid));
+                self.processes.push(process);
+                return Ok(());
+            }
+            let mut asked = Vec::with_capacity(fresh.len());
+            for tid in fresh {
+                match ptrace::seize(tid, ptrace::Options::TRACE_SYSGOOD | ptrace::Options::SUSPEND_SECCOMP)
+                    .or_else(|_| ptrace::seize(tid, ptrace::Options::TRACE_SYSGOOD))
+                {
+                    Ok(()) => {}
+                    Err(error) if error.is_gone() => continue,
+                    Err(error) => return Err(explain_seize(&process.proc, pid, tid, error)),
+                }
+                self.seized.push(tid);
+                ptrace::interrupt(tid)?;
+                asked.push(tid);
+            }
+            for tid in asked {
+                if let Some(stop) = settle(tid)? {
+                    process.job_stopped = process.job_stopped.or(stop.job_control());
+                    process.threads.push(tid);
+                }
+            }
+        }
+        Err(CaptureError::Unstable { root: pid })
+    }
+
+    /// Lets all processes run on.
+    pub fn release(mut self) -> Result<(), CaptureError> {
+        self.detach_all();
+        Ok(())
+    }
+
+    fn detach_all(&mut self) {
+        for tid in self.seized.drain(..) {
+            // A thread that is not stopped or is gone needs no letting go.
+            if let Err(error) = ptrace::detach(tid, 0) {
+                tracing::debug!(tid, %error, "detach");
+            }
+        }
+    }
+
+    /// Ends all processes, children before parents, and reaps those whose parent is in the tree; the root
+    /// is left to its own parent.
+    pub fn end(mut self, mut reap: impl FnMut(i32, &[i32])) -> Result<(), CaptureError> {
+        let order: Vec<(i32, i32)> =
+            self.processes.iter().rev().map(|process| (process.pid, process.parent)).collect();
+        for (pid, _) in &order {
+            let children: Vec<i32> =
+                order.iter().filter(|(_, parent)| parent == pid).map(|(child, _)| *child).collect();
+            if !children.is_empty() {
+                reap(*pid, &children);
+            }
+            match limosa_kernel::task::signal_process(*pid, libc::SIGKILL) {
+                Ok(()) => {}
+                Err(error) if error.is_gone() => {}
+                Err(error) => return Err(error.into()),
+            }
+            // The tracer hears of each thread's end before the parent does.
+            if let Some(process) = self.processes.iter().find(|process| process.pid == *pid) {
+                for tid in process.threads.iter().rev() {
+                    while let Ok(status) = ptrace::wait(*tid) {
+                        if !matches!(status, WaitStatus::Stopped { .. }) {
+                            break;
+                        }
+                    }
+                }
+            }
+        }
+        self.seized.clear();
+        Ok(())
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        self.detach_all();
+    }
+}
+
+struct Settled {
+    signal: i32,
+}
+
+impl Settled {
+    /// The stopping signal, if this is a group stop.
+    fn job_control(&self) -> Option<i32> {
+        (self.signal != libc::SIGTRAP).then_some(self.signal)
+    }
+}
+
+/// Waits for an interrupted thread's stop. A signal that was just being delivered is delivered first: the
+/// thread then stops at its handler's first instruction.
+fn settle(tid: i32) -> Result<Option<Settled>, CaptureError> {
+    loop {
+        match ptrace::wait_within(tid, PATIENCE) {
+            Ok(WaitStatus::Stopped { signal, event: ptrace::EVENT_STOP }) => {
+                return Ok(Some(Settled { signal }));
+            }
+            Ok(WaitStatus::Stopped { signal, .. }) => ptrace::resume(tid, signal)?,
+            Ok(WaitStatus::Exited(_) | WaitStatus::Killed(_)) => return Ok(None),
+            Err(error) if error.errno() == Some(libc::ECHILD) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Says who traces the process already, where that is the reason.
+fn explain_seize(proc: &ProcDir, pid: i32, tid: i32, error: limosa_kernel::Error) -> CaptureError {
+    match proc.status() {
+        Ok(Status { tracer_pid, .. }) if tracer_pid != 0 => crate::Refusal::process(
+            pid,
+            format!("its thread {tid} is traced by process {tracer_pid}"),
+            "end that debugger or tracer first",
+        )
+        .into(),
+        _ => error.into(),
+    }
+}

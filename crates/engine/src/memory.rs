@@ -1,0 +1,177 @@
+//! The content of private memory: copied out of frozen processes, put into puppets.
+//!
+//! One interface for how memory is captured and how it comes back: stop-and-copy and eager are the ways there are.
+
+use limosa_image::{CHUNK, Checkpoint, Extent, Sink, SpaceId};
+use limosa_kernel::memory::{self, ForeignMemory, Range};
+use limosa_kernel::pagemap::PagemapScanner;
+
+use crate::error::{CaptureError, RestoreError};
+use crate::resources::mapping::MappingState;
+use crate::view::ProcessView;
+
+const PAGE: usize = 4096;
+/// Larger buffers leave the processor's caches and are slower.
+const BUFFER: usize = 256 * 1024;
+
+/// Gives out spaces for page data.
+#[derive(Debug, Default)]
+pub struct SpaceAllocator(u32);
+
+impl SpaceAllocator {
+    /// A space that is not used yet.
+    #[allow(clippy::should_implement_trait)]
+    pub fn next(&mut self) -> SpaceId {
+        self.0 += 1;
+        SpaceId(self.0)
+    }
+}
+
+/// Copies the private pages of a frozen process into `sink`. Returns bytes stored.
+pub fn copy_out(
+    process: &ProcessView,
+    mappings: &[MappingState],
+    space: SpaceId,
+    sink: &mut dyn Sink,
+) -> Result<u64, CaptureError> {
+    let mut scanner = PagemapScanner::open(process.proc)?;
+    let mut foreign = None;
+    let mut copier =
+        Copier { pid: process.pid, space, sink, buffer: vec![0; BUFFER], ranges: Vec::new(), stored: 0 };
+    for mapping in mappings.iter().filter(|mapping| mapping.is_private()) {
+        let skip_zeros = mapping.starts_as_zeros();
+        let readable = mapping.protection & libc::PROT_READ as u32 != 0;
+        for run in scanner.populated(mapping.start..mapping.end())? {
+            if readable {
+                copier.add(run.start, run.len(), skip_zeros)?;
+            } else {
+                // process_vm_readv honours the protection; /proc/PID/mem does not.
+                if foreign.is_none() {
+                    foreign = Some(ForeignMemory::open(process.pid)?);
+                }
+                if let Some(foreign) = &foreign {
+                    copier.copy_protected(foreign, run.start, run.len(), skip_zeros)?;
+                }
+            }
+        }
+        copier.flush(skip_zeros)?;
+    }
+    Ok(copier.stored)
+}
+
+/// Gathers runs of pages until the buffer is full, and reads them by one call.
+struct Copier<'a> {
+    pid: i32,
+    space: SpaceId,
+    sink: &'a mut dyn Sink,
+    buffer: Vec<u8>,
+    ranges: Vec<Range>,
+    stored: u64,
+}
+
+impl Copier<'_> {
+    fn gathered(&self) -> usize {
+        self.ranges.iter().map(|range| range.length as usize).sum()
+    }
+
+    fn add(&mut self, mut start: u64, mut length: u64, skip_zeros: bool) -> Result<(), CaptureError> {
+        while length > 0 {
+            let room = (self.buffer.len() - self.gathered()) as u64;
+            let part = length.min(room);
+            self.ranges.push(Range { start, length: part });
+            start += part;
+            length -= part;
+            if part == room || self.ranges.len() == 512 {
+                self.flush(skip_zeros)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self, skip_zeros: bool) -> Result<(), CaptureError> {
+        let total = self.gathered();
+        memory::read_ranges(self.pid, &self.ranges, &mut self.buffer[..total])?;
+        let mut at = 0;
+        for range in std::mem::take(&mut self.ranges) {
+            let bytes = &self.buffer[at..at + range.length as usize];
+            self.stored += store(self.sink, self.space, range.start, bytes, skip_zeros)?;
+            at += range.length as usize;
+        }
+        Ok(())
+    }
+
+    fn copy_protected(
+        &mut self,
+        foreign: &ForeignMemory,
+        start: u64,
+        length: u64,
+        skip_zeros: bool,
+    ) -> Result<(), CaptureError> {
+        let mut done = 0;
+        while done < length {
+            let part = (length - done).min(self.buffer.len() as u64) as usize;
+            foreign.read(start + done, &mut self.buffer[..part])?;
+            self.stored += store(self.sink, self.space, start + done, &self.buffer[..part], skip_zeros)?;
+            done += part as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Stores pages, leaving out pages of zeros if `skip_zeros`. Returns bytes stored.
+fn store(
+    sink: &mut dyn Sink,
+    space: SpaceId,
+    start: u64,
+    bytes: &[u8],
+    skip_zeros: bool,
+) -> Result<u64, CaptureError> {
+    if !skip_zeros {
+        sink.pages(space, start, bytes)?;
+        return Ok(bytes.len() as u64);
+    }
+    let (mut stored, mut begin) = (0, 0);
+    let mut put = |begin: usize, end: usize| -> Result<u64, CaptureError> {
+        if begin < end {
+            sink.pages(space, start + begin as u64, &bytes[begin..end])?;
+        }
+        Ok((end - begin) as u64)
+    };
+    for (index, page) in bytes.chunks(PAGE).enumerate() {
+        if is_zero(page) {
+            stored += put(begin, index * PAGE)?;
+            begin = (index + 1) * PAGE;
+        }
+    }
+    stored += put(begin.min(bytes.len()), bytes.len())?;
+    Ok(stored)
+}
+
+/// Whether all bytes are zero; most pages that are not differ in their first words.
+fn is_zero(page: &[u8]) -> bool {
+    page.chunks(128).all(|line| line.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+/// Whether any of `extents` lies in the mapping.
+pub fn has_pages(extents: &[Extent], mapping: &MappingState) -> bool {
+    let first = extents.partition_point(|extent| extent.end() <= mapping.start);
+    extents.get(first).is_some_and(|extent| extent.start < mapping.end())
+}
+
+/// Puts all pages of `space` into the puppet `pid`, whose mappings are writable. Returns bytes loaded.
+pub fn load(pid: i32, checkpoint: &Checkpoint, space: SpaceId) -> Result<u64, RestoreError> {
+    let mut buffer = Vec::new();
+    let mut loaded = 0;
+    for extent in checkpoint.extents(space) {
+        let mut done = 0;
+        while done < extent.length {
+            let length = (extent.length - done).min(CHUNK);
+            buffer.resize(length as usize, 0);
+            checkpoint.read_pages(extent, done..done + length, &mut buffer)?;
+            memory::write(pid, extent.start + done, &buffer)?;
+            done += length;
+        }
+        loaded += extent.length;
+    }
+    Ok(loaded)
+}

@@ -1,0 +1,129 @@
+//! What rooms may use while descriptors are captured and rebuilt.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use limosa_image::{Checkpoint, Sink};
+use limosa_puppet::Program;
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+
+use super::shared_memory::SharedObjects;
+use crate::error::{CaptureError, RestoreError};
+use crate::memory::SpaceAllocator;
+use crate::view::DescriptionView;
+
+/// What is common to the captures of all descriptions of a tree.
+pub struct CaptureContext<'a> {
+    /// Where content goes: blobs and pages.
+    pub sink: &'a mut dyn Sink,
+    /// Gives out spaces for page data.
+    pub spaces: &'a mut SpaceAllocator,
+    /// Which description a descriptor of a process of the tree refers to, by (own PID, number): for objects that
+    /// refer to others, as epoll does. Complete only when all descriptors have been enumerated, which is before
+    /// the first room captures.
+    pub descriptors: &'a HashMap<(i32, i32), usize>,
+    /// The memory objects that mappings and memfds refer to.
+    pub shared_objects: &'a mut SharedObjects,
+    /// Rooms' notes, by object: what was captured already through another description.
+    notes: HashMap<(&'static str, u64), usize>,
+}
+
+impl<'a> CaptureContext<'a> {
+    /// A context for one tree.
+    pub fn new(
+        sink: &'a mut dyn Sink,
+        spaces: &'a mut SpaceAllocator,
+        descriptors: &'a HashMap<(i32, i32), usize>,
+        shared_objects: &'a mut SharedObjects,
+    ) -> Self {
+        Self { sink, spaces, descriptors, shared_objects, notes: HashMap::new() }
+    }
+
+    /// Whether the object `id` of `kind` is seen for the first time: the one time its content is to be stored.
+    pub fn first(&mut self, kind: &'static str, id: u64) -> bool {
+        let fresh = self.notes.len();
+        *self.notes.entry((kind, id)).or_insert(fresh) == fresh
+    }
+
+    /// Stores a stream under a name made of `kind` and `id`; returns the name.
+    pub fn blob(
+        &mut self,
+        kind: &'static str,
+        id: u64,
+        content: &mut dyn std::io::Read,
+    ) -> Result<String, CaptureError> {
+        let name = format!("{kind}.{id}");
+        self.sink.blob(&name, content)?;
+        Ok(name)
+    }
+}
+
+/// Adds what must be done in the process, given the descriptor's number there.
+pub type Completion = Box<dyn FnOnce(i32, &mut Program)>;
+
+/// What is common to the rebuilding of all descriptions of a tree.
+pub struct RebuildContext<'a> {
+    /// The checkpoint.
+    pub checkpoint: &'a Checkpoint,
+    /// Memory objects, by index.
+    pub shared_objects: &'a [OwnedFd],
+    root: OwnedFd,
+    shared: HashMap<(&'static str, u64), Box<dyn Any>>,
+    completions: Vec<Completion>,
+}
+
+impl<'a> RebuildContext<'a> {
+    /// A context for one restore; paths are resolved below `root`.
+    pub fn new(checkpoint: &'a Checkpoint, root: OwnedFd, shared_objects: &'a [OwnedFd]) -> Self {
+        Self { checkpoint, shared_objects, root, shared: HashMap::new(), completions: Vec::new() }
+    }
+
+    /// The root directory of the tree's mount namespace.
+    pub fn root(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
+    }
+
+    /// Opens an absolute path as the tree sees it; symbolic links and `..` never lead out of its root.
+    pub fn open(&self, path: &[u8], flags: OFlags, mode: Mode) -> Result<OwnedFd, RestoreError> {
+        rustix::fs::openat2(&self.root, path, flags | OFlags::CLOEXEC, mode, ResolveFlags::IN_ROOT).map_err(
+            |errno| RestoreError::File {
+                path: String::from_utf8_lossy(path).into_owned(),
+                reason: std::io::Error::from(errno).to_string(),
+            },
+        )
+    }
+
+    /// The object `id` of `kind` that several descriptions share: made by the first that asks.
+    pub fn shared<T: 'static>(
+        &mut self,
+        kind: &'static str,
+        id: u64,
+        make: impl FnOnce(&mut Self) -> Result<T, RestoreError>,
+    ) -> Result<&mut T, RestoreError> {
+        if !self.shared.contains_key(&(kind, id)) {
+            let made = make(self)?;
+            self.shared.insert((kind, id), Box::new(made));
+        }
+        self.shared
+            .get_mut(&(kind, id))
+            .and_then(|object| object.downcast_mut())
+            .ok_or_else(|| RestoreError::inconsistent(format!("{kind} {id} is used as two kinds of object")))
+    }
+
+    /// Has `completion` add calls to the program of the first process that holds the description being rebuilt,
+    /// after all its descriptors are in place.
+    pub fn complete_inside(&mut self, completion: impl FnOnce(i32, &mut Program) + 'static) {
+        self.completions.push(Box::new(completion));
+    }
+
+    /// The completions registered since the last call.
+    pub(crate) fn take_completions(&mut self) -> Vec<Completion> {
+        std::mem::take(&mut self.completions)
+    }
+}
+
+/// Whether the view's link is `text` exactly.
+pub(crate) fn link_is(view: &DescriptionView, text: &str) -> bool {
+    view.link == text.as_bytes()
+}

@@ -1,0 +1,157 @@
+//! Files with a path: regular files, directories and device nodes that keep no state of their own.
+//!
+//! A file is opened again by its path, below the tree's root, with its flags and offset. A file that was deleted
+//! while open travels with the checkpoint and comes back deleted.
+
+use std::io::Read;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use rustix::fs::{FileType, Mode, OFlags};
+use serde::{Deserialize, Serialize};
+
+use super::{CaptureContext, DescriptorKind, RebuildContext};
+use crate::error::{CaptureError, RestoreError};
+use crate::view::DescriptionView;
+
+/// Device nodes (major, minor) without state in the open file: null, zero, full, random, urandom.
+const STATELESS_DEVICES: [(u32, u32); 5] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)];
+const DELETED: &[u8] = b" (deleted)";
+
+/// An open file.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct File {
+    /// Absolute path as the process's mount namespace sees it.
+    pub path: serde_bytes::ByteBuf,
+    /// Offset in bytes.
+    pub position: i64,
+    /// Type and permissions, as in `st_mode`.
+    pub mode: u32,
+    /// The content, if the file has been deleted: a blob's name.
+    pub deleted: Option<Deleted>,
+}
+
+/// A file without a name.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Deleted {
+    /// Tells deleted files of one checkpoint apart.
+    pub id: u64,
+    /// The blob with the content.
+    pub blob: String,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+impl DescriptorKind for File {
+    fn recognise(view: &DescriptionView) -> bool {
+        if !view.link.starts_with(b"/") {
+            return false;
+        }
+        match FileType::from_raw_mode(view.stat.st_mode) {
+            FileType::RegularFile | FileType::Directory | FileType::Symlink => !view.link.starts_with(b"/memfd:"),
+            FileType::CharacterDevice => {
+                let device = (rustix::fs::major(view.stat.st_rdev), rustix::fs::minor(view.stat.st_rdev));
+                STATELESS_DEVICES.contains(&device)
+            }
+            _ => false,
+        }
+    }
+
+    fn capture(view: &DescriptionView, context: &mut CaptureContext) -> Result<Self, CaptureError> {
+        let deleted = view.stat.st_nlink == 0;
+        let path = if deleted { view.link.strip_suffix(DELETED).unwrap_or(&view.link) } else { &view.link };
+        let deleted = if deleted { Some(capture_deleted(view, context)?) } else { None };
+        Ok(Self { path: path.to_vec().into(), position: view.info.pos, mode: view.stat.st_mode, deleted })
+    }
+
+    fn rebuild(&self, flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
+        let flags = reopening_flags(flags);
+        let file = match &self.deleted {
+            Some(deleted) => deleted.rebuild(&self.path, self.mode, flags, context)?,
+            None => context.open(&self.path, flags, Mode::empty())?,
+        };
+        let name = String::from_utf8_lossy(&self.path).into_owned();
+        if !flags.contains(OFlags::PATH) {
+            let stat = rustix::fs::fstat(&file).map_err(RestoreError::rebuild(name.as_str(), "fstat"))?;
+            if FileType::from_raw_mode(stat.st_mode) != FileType::from_raw_mode(self.mode) {
+                return Err(RestoreError::File { path: name, reason: "it is another kind of file now".into() });
+            }
+            if self.position > 0 {
+                let position = rustix::fs::SeekFrom::Start(self.position as u64);
+                rustix::fs::seek(&file, position).map_err(RestoreError::rebuild(name, "lseek"))?;
+            }
+        }
+        Ok(file)
+    }
+}
+
+/// The flags that open(2) is given again: neither those that create nor those of the descriptor.
+fn reopening_flags(flags: u32) -> OFlags {
+    let once = OFlags::CREATE | OFlags::EXCL | OFlags::TRUNC | OFlags::NOCTTY | OFlags::CLOEXEC;
+    // openat2 takes only what it knows; the kernel shows O_LARGEFILE (0o100000), which 64-bit opens imply.
+    (OFlags::from_bits_retain(flags & !0o100_000) - once) | OFlags::NOCTTY
+}
+
+fn capture_deleted(view: &DescriptionView, context: &mut CaptureContext) -> Result<Deleted, CaptureError> {
+    if FileType::from_raw_mode(view.stat.st_mode) != FileType::RegularFile {
+        return Err(view.refuse("it is a deleted directory or device", "close it before the checkpoint").into());
+    }
+    let id = view.stat.st_ino ^ view.stat.st_dev << 32;
+    let blob = format!("deleted.{id}");
+    if context.first("deleted", id) {
+        let path = format!("/proc/self/fd/{}", view.descriptor.as_raw_fd());
+        let mut content = std::fs::File::open(path).map_err(|source| CaptureError::Io {
+            what: "reading a deleted file",
+            pid: view.process.pid,
+            source,
+        })?;
+        context.blob("deleted", id, &mut content)?;
+    }
+    Ok(Deleted { id, blob, uid: view.stat.st_uid, gid: view.stat.st_gid })
+}
+
+impl Deleted {
+    /// Makes the file again without a name, once, and opens it with `flags`.
+    fn rebuild(
+        &self,
+        path: &[u8],
+        mode: u32,
+        flags: OFlags,
+        context: &mut RebuildContext,
+    ) -> Result<OwnedFd, RestoreError> {
+        let name = String::from_utf8_lossy(path).into_owned();
+        let directory = path.iter().rposition(|byte| *byte == b'/').map_or(&b"/"[..], |at| &path[..at.max(1)]);
+        let original = context.shared("deleted", self.id, |context| {
+            let permissions = Mode::from_raw_mode(mode & 0o7777);
+            let file = context.open(directory, OFlags::TMPFILE | OFlags::RDWR, permissions)?;
+            let mut blob = context.checkpoint.blob(&self.blob)?;
+            let mut buffer = vec![0; 256 * 1024];
+            let mut offset = 0;
+            loop {
+                let got = blob.read(&mut buffer).map_err(|source| RestoreError::Rebuild {
+                    object: name.clone(),
+                    step: "reading its content",
+                    source,
+                })?;
+                if got == 0 {
+                    break;
+                }
+                let mut rest = &buffer[..got];
+                while !rest.is_empty() {
+                    let written = rustix::io::pwrite(&file, rest, offset)
+                        .map_err(RestoreError::rebuild(name.as_str(), "pwrite"))?;
+                    rest = &rest[written..];
+                    offset += written as u64;
+                }
+            }
+            let (uid, gid) = (rustix::fs::Uid::from_raw(self.uid), rustix::fs::Gid::from_raw(self.gid));
+            rustix::fs::fchown(&file, Some(uid), Some(gid))
+                .map_err(RestoreError::rebuild(name.as_str(), "fchown"))?;
+            rustix::fs::fchmod(&file, permissions).map_err(RestoreError::rebuild(name.as_str(), "fchmod"))?;
+            Ok(file)
+        })?;
+        let again = format!("/proc/self/fd/{}", original.as_raw_fd());
+        rustix::fs::open(again, flags | OFlags::CLOEXEC, Mode::empty()).map_err(RestoreError::rebuild(name, "open"))
+    }
+}

@@ -1,0 +1,313 @@
+//! Mappings of an address space: where, what of, and the advice given for them (mmap(2), madvise(2), mlock2(2)).
+
+use limosa_kernel::proc::{Mapping, MappingName, VmFlags};
+use limosa_puppet::Program;
+use serde::{Deserialize, Serialize};
+
+use super::shared_memory::{SharedObjects, is_shared_memory};
+use crate::error::{CaptureError, Refusal, RestoreError};
+use crate::view::ProcessView;
+
+/// `ARCH_MAP_VDSO_64` of arch_prctl(2).
+const ARCH_MAP_VDSO_64: i32 = 0x2003;
+const PR_SET_VMA: i32 = 0x5356_4d41;
+const MAP_FIXED_NOREPLACE: i32 = 0x10_0000;
+const MLOCK_ONFAULT: i32 = 1;
+
+/// Advice that the kernel shows of a mapping, and the madvise(2) that gives it.
+const ADVICE: [(VmFlags, i32); 8] = [
+    (VmFlags::SEQUENTIAL, libc::MADV_SEQUENTIAL),
+    (VmFlags::RANDOM, libc::MADV_RANDOM),
+    (VmFlags::DONT_COPY, libc::MADV_DONTFORK),
+    (VmFlags::DONT_DUMP, libc::MADV_DONTDUMP),
+    (VmFlags::WIPE_ON_FORK, libc::MADV_WIPEONFORK),
+    (VmFlags::HUGE_PAGE, libc::MADV_HUGEPAGE),
+    (VmFlags::NO_HUGE_PAGE, libc::MADV_NOHUGEPAGE),
+    (VmFlags::MERGEABLE, libc::MADV_MERGEABLE),
+];
+
+/// Flags of mappings that cannot be carried, and why.
+const UNSUPPORTED: [(VmFlags, &str, &str); 7] = [
+    (VmFlags::PFN_MAP, "it maps device memory", "close the device before the checkpoint"),
+    (VmFlags::IO, "it maps device memory", "close the device before the checkpoint"),
+    (VmFlags::HUGETLB, "it maps hugetlbfs pages", "use transparent huge pages (madvise) instead"),
+    (VmFlags::UFFD_MISSING, "a userfaultfd serves it", "end the use of userfaultfd first"),
+    (VmFlags::UFFD_MINOR, "a userfaultfd serves it", "end the use of userfaultfd first"),
+    (VmFlags::SHADOW_STACK, "it is a shadow stack", "run the program without shadow stacks"),
+    (VmFlags::SEALED, "it is sealed by mseal", "run the program without sealed memory"),
+];
+
+/// A mapping.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct MappingState {
+    /// First address.
+    pub start: u64,
+    /// Bytes.
+    pub length: u64,
+    /// `PROT_*`
+    pub protection: u32,
+    /// What it shows.
+    pub backing: Backing,
+    /// `MAP_GROWSDOWN`, `MAP_NORESERVE`
+    pub flags: i32,
+    /// madvise(2) values in force.
+    pub advice: Vec<i32>,
+    /// mlock2(2) flags, if it is locked.
+    pub locked: Option<i32>,
+    /// Its name, given by `PR_SET_VMA_ANON_NAME`.
+    pub name: Option<serde_bytes::ByteBuf>,
+}
+
+/// What a mapping shows.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Backing {
+    /// Private memory that starts as zeros.
+    Anonymous,
+    /// Memory shared between processes: index into the tree's shared objects, and offset in bytes.
+    SharedMemory(usize, u64),
+    /// A file.
+    File(MappedFile),
+    /// The kernel's vDSO with its data pages; the number is a digest of its code.
+    Vdso(u64),
+}
+
+/// A file that is mapped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MappedFile {
+    /// Absolute path in the mount namespace.
+    pub path: serde_bytes::ByteBuf,
+    /// Offset in bytes.
+    pub offset: u64,
+    /// Whether writes go to the file.
+    pub shared: bool,
+    /// Whether the file must be opened for writing.
+    pub writable: bool,
+    /// Size of the file in bytes: another size is another file.
+    pub size: u64,
+}
+
+impl MappingState {
+    /// First address behind it.
+    pub fn end(&self) -> u64 {
+        self.start + self.length
+    }
+
+    /// Whether its pages are the process's own, so that their content is stored with the process.
+    pub fn is_private(&self) -> bool {
+        match &self.backing {
+            Backing::Anonymous => true,
+            Backing::File(file) => !file.shared,
+            Backing::SharedMemory(..) | Backing::Vdso(_) => false,
+        }
+    }
+
+    /// Whether absent pages read as zeros, so that pages of zeros need not be stored.
+    pub fn starts_as_zeros(&self) -> bool {
+        matches!(self.backing, Backing::Anonymous)
+    }
+
+    /// Captures all mappings of a process.
+    pub fn capture_all(process: &ProcessView, shared: &mut SharedObjects) -> Result<Vec<Self>, CaptureError> {
+        let mut states: Vec<Self> = Vec::with_capacity(process.mappings.len());
+        for mapping in &process.mappings {
+            match &mapping.name {
+                MappingName::Vsyscall => {}
+                // The vDSO's data pages lie right below its code; the kernel maps all of them together.
+                MappingName::Vvar | MappingName::VvarVclock => states.push(special(mapping, 0)),
+                MappingName::Vdso => {
+                    let mut code = vec![0; mapping.len() as usize];
+                    limosa_kernel::memory::read(process.pid, mapping.start, &mut code)?;
+                    states.push(special(mapping, vdso_digest(&code)));
+                }
+                _ => states.push(Self::capture(process, mapping, shared)?),
+            }
+        }
+        Ok(join_vdso(states))
+    }
+
+    fn capture(
+        process: &ProcessView,
+        mapping: &Mapping,
+        shared: &mut SharedObjects,
+    ) -> Result<Self, CaptureError> {
+        let refuse = |reason, remedy| -> CaptureError {
+            Refusal::mapping(process.pid, mapping.start, format!("{:?}", mapping.name), reason, remedy).into()
+        };
+        let flags = mapping.vm_flags.unwrap_or(VmFlags::empty());
+        if let Some((_, reason, remedy)) = UNSUPPORTED.iter().find(|(flag, ..)| flags.contains(*flag)) {
+            return Err(refuse(reason, remedy));
+        }
+        let backing = match &mapping.name {
+            MappingName::Path { path, .. } if is_shared_memory(path) => {
+                Backing::SharedMemory(shared.of_mapping(process, mapping, path)?, mapping.offset)
+            }
+            MappingName::AnonShmemName(_) => {
+                Backing::SharedMemory(shared.of_mapping(process, mapping, b"/dev/zero")?, mapping.offset)
+            }
+            MappingName::Path { deleted: true, .. } => {
+                return Err(refuse("the file has been deleted", "restart the program from the new file"));
+            }
+            MappingName::Path { path, .. } => Backing::File(mapped_file(process, mapping, path, flags)?),
+            MappingName::Special(_) => {
+                return Err(refuse("it maps something without a path", "close it first"));
+            }
+            _ => Backing::Anonymous,
+        };
+        let mut mapping_flags = 0;
+        if flags.contains(VmFlags::GROWS_DOWN) {
+            mapping_flags |= libc::MAP_GROWSDOWN;
+        }
+        if flags.contains(VmFlags::NO_RESERVE) {
+            mapping_flags |= libc::MAP_NORESERVE;
+        }
+        Ok(Self {
+            start: mapping.start,
+            length: mapping.len(),
+            protection: mapping.prot.bits(),
+            backing,
+            flags: mapping_flags,
+            advice: ADVICE
+                .iter()
+                .filter(|(flag, _)| flags.contains(*flag))
+                .map(|(_, advice)| *advice)
+                .collect(),
+            locked: flags
+                .contains(VmFlags::LOCKED)
+                .then(|| if flags.contains(VmFlags::LOCK_ON_FAULT) { MLOCK_ONFAULT } else { 0 }),
+            name: match &mapping.name {
+                MappingName::AnonName(name) => Some(name.clone().into()),
+                _ => None,
+            },
+        })
+    }
+
+    /// Adds the call that makes the mapping. `descriptor` is that of its file or object in the puppet; `writable`
+    /// says that its pages will be written from outside before [`Self::finish`].
+    pub fn map(&self, program: &mut Program, descriptor: Option<i32>, writable: bool) {
+        let (kind, offset) = match &self.backing {
+            Backing::Anonymous => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, 0),
+            Backing::SharedMemory(_, offset) => (libc::MAP_SHARED, *offset),
+            Backing::File(file) => {
+                (if file.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE }, file.offset)
+            }
+            Backing::Vdso(_) => {
+                let arguments = [ARCH_MAP_VDSO_64.into(), self.start.into()];
+                program.call("map the vDSO", libc::SYS_arch_prctl, arguments);
+                return;
+            }
+        };
+        let protection = if writable { self.protection | libc::PROT_WRITE as u32 } else { self.protection };
+        let arguments = [
+            self.start.into(),
+            self.length.into(),
+            protection.into(),
+            (kind | self.flags | MAP_FIXED_NOREPLACE).into(),
+            descriptor.unwrap_or(-1).into(),
+            offset.into(),
+        ];
+        program.call("make a mapping", libc::SYS_mmap, arguments);
+    }
+
+    /// Adds what comes after the pages: final protection, advice, name, locking.
+    pub fn finish(&self, program: &mut Program, was_writable: bool) {
+        let (start, length) = (self.start, self.length);
+        if was_writable && self.protection & libc::PROT_WRITE as u32 == 0 {
+            let arguments = [start.into(), length.into(), self.protection.into()];
+            program.call("set a mapping's protection", libc::SYS_mprotect, arguments);
+        }
+        for advice in &self.advice {
+            program.call(
+                "advise on a mapping",
+                libc::SYS_madvise,
+                [start.into(), length.into(), (*advice).into()],
+            );
+        }
+        if let Some(name) = &self.name {
+            let name = program.string(name);
+            let arguments = [PR_SET_VMA.into(), 0.into(), start.into(), length.into(), name.into()];
+            // Only a label, and only with CONFIG_ANON_VMA_NAME.
+            program.try_call("name a mapping", libc::SYS_prctl, arguments);
+        }
+        if let Some(flags) = self.locked {
+            program.call("lock a mapping", libc::SYS_mlock2, [start.into(), length.into(), flags.into()]);
+        }
+    }
+}
+
+fn special(mapping: &Mapping, digest: u64) -> MappingState {
+    MappingState {
+        start: mapping.start,
+        length: mapping.len(),
+        protection: mapping.prot.bits(),
+        backing: Backing::Vdso(digest),
+        flags: 0,
+        advice: Vec::new(),
+        locked: None,
+        name: None,
+    }
+}
+
+/// Joins the vDSO's parts, which are neighbours, to one.
+fn join_vdso(states: Vec<MappingState>) -> Vec<MappingState> {
+    let mut joined: Vec<MappingState> = Vec::with_capacity(states.len());
+    for state in states {
+        if let (Backing::Vdso(digest), Some(last)) = (&state.backing, joined.last_mut())
+            && let Backing::Vdso(before) = &mut last.backing
+            && last.start + last.length == state.start
+        {
+            *before ^= digest;
+            last.length += state.length;
+        } else {
+            joined.push(state);
+        }
+    }
+    joined
+}
+
+/// FNV-1a of the vDSO as its sections describe it: what lies behind them is where visits leave their stub.
+pub fn vdso_digest(image: &[u8]) -> u64 {
+    let used = limosa_puppet::elf_extent(image).unwrap_or(image.len());
+    image[..used].iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
+
+fn mapped_file(
+    process: &ProcessView,
+    mapping: &Mapping,
+    path: &[u8],
+    flags: VmFlags,
+) -> Result<MappedFile, CaptureError> {
+    let link = format!("map_files/{:x}-{:x}", mapping.start, mapping.end);
+    let file = process.proc.open_file(&link, rustix::fs::OFlags::PATH)?;
+    let stat = rustix::fs::fstat(&file).map_err(CaptureError::io("fstat of a mapped file", process.pid))?;
+    // A shared mapping that mprotect may still make writable was made of a file open for writing.
+    let shared = flags.contains(VmFlags::MAY_SHARE);
+    let writable = shared && flags.contains(VmFlags::MAY_WRITE) && mapping.shared;
+    Ok(MappedFile {
+        path: path.to_vec().into(),
+        offset: mapping.offset,
+        shared,
+        writable,
+        size: stat.st_size as u64,
+    })
+}
+
+/// Checks that mappings from a checkpoint are ones that a process can have.
+pub fn check(mappings: &[MappingState]) -> Result<(), RestoreError> {
+    const TASK_SIZE: u64 = 0x7fff_ffff_f000;
+    let mut free_from = 0;
+    for mapping in mappings {
+        let end = mapping.start.checked_add(mapping.length).filter(|end| *end <= TASK_SIZE);
+        let aligned = mapping.start % 4096 == 0 && mapping.length % 4096 == 0 && mapping.length > 0;
+        match end {
+            Some(end) if aligned && mapping.start >= free_from => free_from = end,
+            _ => {
+                let what = format!("mapping at {:#x} of {:#x} bytes", mapping.start, mapping.length);
+                return Err(RestoreError::inconsistent(what));
+            }
+        }
+    }
+    Ok(())
+}

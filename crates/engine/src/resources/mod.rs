@@ -1,0 +1,192 @@
+//! The rooms: one for each kind of kernel object.
+//!
+//! A room says what its object *is* in a checkpoint (a serde type), how it is captured and how it is rebuilt.
+//! Four kinds of rooms, each with a trait, each registered by one line below:
+//!
+//! - [`ProcessAttribute`]: what every process has one of (signal handlers, limits, …);
+//! - [`ThreadAttribute`]: what every thread has one of (registers, credentials, …);
+//! - [`DescriptorKind`]: what a descriptor can refer to (a file, a pipe, a socket, …);
+//! - [`Namespace`](namespaces::Namespace): what a container has of its own (host name, network, mounts, …).
+//!
+//! Attributes take part in programs: `ask` adds questions to the one program that a frozen thread runs at
+//! checkpoint, `capture` reads the answers, `rebuild` adds calls to the one program that the puppet runs at
+//! restore. The order of the lines below is the order in which attributes are rebuilt.
+
+use std::os::fd::OwnedFd;
+
+use limosa_puppet::{Outcome, Program};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{CaptureError, RestoreError};
+use crate::view::{DescriptionView, ProcessView, ThreadView};
+
+pub(crate) mod context;
+pub mod mapping;
+pub mod namespaces;
+pub mod shared_memory;
+
+pub use context::{CaptureContext, RebuildContext};
+pub use namespaces::NamespaceState;
+
+/// Something that every process has one of.
+pub trait ProcessAttribute: Sized {
+    /// Where the answers to its questions will be.
+    type Asked;
+
+    /// Adds what only the process itself can tell to `program`, which its leader will run.
+    fn ask(process: &ProcessView, program: &mut Program) -> Result<Self::Asked, CaptureError>;
+
+    /// The state, from the answers and from what can be seen from outside.
+    fn capture(process: &ProcessView, asked: &Self::Asked, outcome: &Outcome) -> Result<Self, CaptureError>;
+
+    /// Adds the calls that give a puppet this state. The puppet still has all privileges, blocks all signals,
+    /// and has its final mappings and descriptors.
+    fn rebuild(&self, program: &mut Program);
+}
+
+/// Something that every thread has one of.
+pub trait ThreadAttribute: Sized {
+    /// Where the answers to its questions will be.
+    type Asked;
+
+    /// Adds what only the thread itself can tell to `program`, which it will run.
+    fn ask(thread: &ThreadView, program: &mut Program) -> Result<Self::Asked, CaptureError>;
+
+    /// The state, from the answers and from what can be seen from outside.
+    fn capture(thread: &ThreadView, asked: &Self::Asked, outcome: &Outcome) -> Result<Self, CaptureError>;
+
+    /// Adds the calls that give a puppet thread this state.
+    fn rebuild(&self, program: &mut Program);
+
+    /// Sets by ptrace what no system call of the thread can set; the thread is stopped, its address space is
+    /// final, and nothing of ours runs in it any more.
+    fn finish(&self, tid: i32) -> Result<(), RestoreError>;
+}
+
+/// A kind of object that a descriptor can refer to.
+pub trait DescriptorKind: Sized {
+    /// Whether this is one.
+    fn recognise(view: &DescriptionView) -> bool;
+
+    /// Its state; typed refusals for what cannot be carried.
+    fn capture(view: &DescriptionView, context: &mut CaptureContext) -> Result<Self, CaptureError>;
+
+    /// A new description in that state, in Limosa itself. What must be done by the process that holds it is
+    /// left to [`RebuildContext::complete_inside`].
+    fn rebuild(&self, flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError>;
+}
+
+macro_rules! attributes {
+    ($state:ident, $questions:ident, $view:ident, $trait:ident, { $($(#[doc = $doc:literal])* $room:ident: $type:ty,)* }) => {
+        $(pub mod $room;)*
+
+        /// All attributes together; a field for each room.
+        #[derive(Debug, Serialize, Deserialize)]
+        pub struct $state {
+            $($(#[doc = $doc])* pub $room: $type,)*
+        }
+
+        /// Where the answers to all questions will be.
+        pub struct $questions {
+            $($room: <$type as $trait>::Asked,)*
+        }
+
+        impl $state {
+            /// Adds every room's questions to `program`.
+            pub fn ask(view: &$view, program: &mut Program) -> Result<$questions, CaptureError> {
+                Ok($questions { $($room: <$type as $trait>::ask(view, program)?,)* })
+            }
+
+            /// Every room's state.
+            pub fn capture(view: &$view, asked: &$questions, outcome: &Outcome) -> Result<Self, CaptureError> {
+                Ok(Self { $($room: <$type as $trait>::capture(view, &asked.$room, outcome)?,)* })
+            }
+
+            /// Adds every room's calls to `program`.
+            pub fn rebuild(&self, program: &mut Program) {
+                $(self.$room.rebuild(program);)*
+            }
+        }
+    };
+}
+
+macro_rules! finish_all {
+    ($($room:ident)*) => {
+        impl ThreadState {
+            /// Every room's last touch, by ptrace.
+            pub fn finish(&self, tid: i32) -> Result<(), RestoreError> {
+                $(self.$room.finish(tid)?;)*
+                Ok(())
+            }
+        }
+    };
+}
+
+macro_rules! descriptor_kinds {
+    ($($room:ident: $variant:ident($type:ty),)*) => {
+        $(pub mod $room;)*
+
+        /// What an open file description refers to.
+        #[derive(Debug, Serialize, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        pub enum DescriptorState {
+            $(#[doc = concat!("See [`", stringify!($room), "`].")] $variant($type),)*
+        }
+
+        impl DescriptorState {
+            /// Captures the description by the first room that recognises it.
+            pub fn capture(view: &DescriptionView, context: &mut CaptureContext) -> Result<Self, CaptureError> {
+                $(if <$type as DescriptorKind>::recognise(view) {
+                    return <$type as DescriptorKind>::capture(view, context).map(Self::$variant);
+                })*
+                Err(view.refuse("Limosa does not know this kind of file", "close it before the checkpoint").into())
+            }
+
+            /// Rebuilds it by its room.
+            pub fn rebuild(&self, flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
+                match self {
+                    $(Self::$variant(state) => state.rebuild(flags, context),)*
+                }
+            }
+
+            /// The room's name.
+            pub fn kind(&self) -> &'static str {
+                match self {
+                    $(Self::$variant(_) => stringify!($room),)*
+                }
+            }
+        }
+    };
+}
+
+attributes! {
+    ProcessState, ProcessQuestions, ProcessView, ProcessAttribute, {
+        /// Layout of the address space that is not mappings.
+        address_space: address_space::AddressSpace,
+        /// Working directory, root, umask.
+        filesystem: filesystem::Filesystem,
+        /// Dispositions of signals.
+        signal_handlers: signal_handlers::SignalHandlers,
+    }
+}
+
+attributes! {
+    ThreadState, ThreadQuestions, ThreadView, ThreadAttribute, {
+        /// General-purpose and extended registers.
+        registers: registers::ThreadRegisters,
+        /// Addresses that the kernel keeps for the thread.
+        pointers: pointers::Pointers,
+        /// Blocked and pending signals, alternate stack.
+        signals: signals::Signals,
+        /// The name.
+        name: name::Name,
+        /// User, groups, capabilities.
+        credentials: credentials::Credentials,
+    }
+}
+finish_all! { registers pointers signals name credentials }
+
+descriptor_kinds! {
+    pipe: Pipe(pipe::Pipe),
+    file: File(file::File),
+}

@@ -1,0 +1,116 @@
+//! Registers of a thread, and system calls that were interrupted by freezing it.
+//!
+//! The thread comes back stopped where it was: often inside a system call that the freeze interrupted. The kernel
+//! restarts such a call when the thread runs on, by the value in `rax`; a restored thread is given the same values,
+//! so that the kernel does the same. Two cases need help:
+//!
+//! - `ERESTART_RESTARTBLOCK` (relative sleeps, poll and futex with a timeout) goes by data in the kernel that cannot
+//!   be carried. The call is issued again with its arguments; a relative sleep with what was left of it, which the
+//!   kernel has written to its `rem`.
+//! - Some calls never restart and return `EINTR` for any interruption (epoll_wait(2), semtimedop(2), … see signal(7)).
+//!   If no signal is pending, the interruption was the freeze, and the program must not see it.
+
+use limosa_kernel::ptrace::{self, Registers};
+use limosa_puppet::{Outcome, Program};
+use serde::{Deserialize, Serialize};
+
+use super::ThreadAttribute;
+use crate::error::{CaptureError, RestoreError};
+use crate::view::ThreadView;
+
+const ERESTARTNOHAND: i64 = -514;
+const ERESTART_RESTARTBLOCK: i64 = -516;
+
+/// Words of `struct user_regs_struct`.
+const WORDS: usize = 27;
+
+/// General-purpose and extended registers.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ThreadRegisters {
+    /// `struct user_regs_struct` (x86-64): r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs
+    /// eflags rsp ss fs_base gs_base ds es fs gs.
+    pub general: [u64; WORDS],
+    /// XSAVE area in the standard format.
+    #[serde(with = "serde_bytes")]
+    pub extended: Vec<u8>,
+}
+
+/// Calls that return `EINTR` for any interruption, stops by a tracer included.
+fn returns_eintr(number: i64) -> bool {
+    matches!(
+        number,
+        libc::SYS_epoll_wait
+            | libc::SYS_epoll_pwait
+            | libc::SYS_epoll_pwait2
+            | libc::SYS_semop
+            | libc::SYS_semtimedop
+            | libc::SYS_rt_sigtimedwait
+            | libc::SYS_io_getevents
+            | libc::SYS_msgrcv
+            | libc::SYS_msgsnd
+    )
+}
+
+/// Makes a call that was interrupted only by the freeze restart instead of failing with `EINTR`. Done to the stopped
+/// thread itself, so that the process that goes on does not notice either.
+pub fn hide_interruption(tid: i32) -> Result<(), CaptureError> {
+    let mut registers = ptrace::registers(tid)?;
+    let interrupted = registers.rax as i64 == -i64::from(libc::EINTR) && returns_eintr(registers.orig_rax as i64);
+    if interrupted && ptrace::pending_signals(tid, false)?.is_empty() && ptrace::pending_signals(tid, true)?.is_empty() {
+        registers.rax = ERESTARTNOHAND as u64;
+        ptrace::set_registers(tid, &registers)?;
+    }
+    Ok(())
+}
+
+impl ThreadAttribute for ThreadRegisters {
+    type Asked = ();
+
+    fn ask(_: &ThreadView, _: &mut Program) -> Result<(), CaptureError> {
+        Ok(())
+    }
+
+    fn capture(thread: &ThreadView, (): &(), _: &Outcome) -> Result<Self, CaptureError> {
+        let mut registers = ptrace::registers(thread.tid)?;
+        if registers.orig_rax as i64 >= 0 && registers.rax as i64 == ERESTART_RESTARTBLOCK {
+            registers.rax = ERESTARTNOHAND as u64;
+            continue_sleep(&mut registers);
+        }
+        Ok(Self { general: to_words(&registers), extended: ptrace::xstate(thread.tid)? })
+    }
+
+    fn rebuild(&self, _: &mut Program) {}
+
+    fn finish(&self, tid: i32) -> Result<(), RestoreError> {
+        ptrace::set_xstate(tid, &self.extended)?;
+        ptrace::set_registers(tid, &from_words(&self.general))?;
+        Ok(())
+    }
+}
+
+/// A relative sleep goes on with what is left, where the caller asked to be told (`rem`).
+fn continue_sleep(registers: &mut Registers) {
+    match registers.orig_rax as i64 {
+        libc::SYS_nanosleep if registers.rsi != 0 => registers.rdi = registers.rsi,
+        libc::SYS_clock_nanosleep if registers.r10 != 0 => registers.rdx = registers.r10,
+        _ => {}
+    }
+}
+
+fn to_words(r: &Registers) -> [u64; WORDS] {
+    [
+        r.r15, r.r14, r.r13, r.r12, r.rbp, r.rbx, r.r11, r.r10, r.r9, r.r8, r.rax, r.rcx, r.rdx, r.rsi, r.rdi,
+        r.orig_rax, r.rip, r.cs, r.eflags, r.rsp, r.ss, r.fs_base, r.gs_base, r.ds, r.es, r.fs, r.gs,
+    ]
+}
+
+fn from_words(words: &[u64; WORDS]) -> Registers {
+    let [
+        r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi, orig_rax, rip, cs, eflags, rsp, ss,
+        fs_base, gs_base, ds, es, fs, gs,
+    ] = *words;
+    Registers {
+        r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi, orig_rax, rip, cs, eflags, rsp, ss,
+        fs_base, gs_base, ds, es, fs, gs,
+    }
+}

@@ -1,0 +1,198 @@
+//! Memory objects that processes share: anonymous shared memory and memfds (memfd_create(2)).
+//!
+//! An object is one inode of the kernel's internal tmpfs. Its pages are stored once, by offset, whoever maps it or
+//! holds a descriptor of it. It is rebuilt in Limosa and given to the puppets as a descriptor to map.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use limosa_image::{Checkpoint, Sink, SpaceId};
+use limosa_kernel::proc::Mapping;
+use rustix::fs::{MemfdFlags, OFlags, SealFlags, SeekFrom};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{CaptureError, Refusal, RestoreError};
+use crate::memory::SpaceAllocator;
+use crate::view::ProcessView;
+
+const BUFFER: usize = 256 * 1024;
+const PAGE: u64 = 4096;
+/// Largest object that is believed.
+const SIZE_MAX: u64 = 1 << 46;
+
+/// A shared-memory object.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct SharedObject {
+    /// What made it.
+    pub kind: SharedKind,
+    /// Bytes.
+    pub size: u64,
+    /// Where its pages are stored, by offset.
+    pub space: SpaceId,
+}
+
+/// What made a shared-memory object.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SharedKind {
+    /// mmap(2) with `MAP_SHARED | MAP_ANONYMOUS`.
+    Anonymous,
+    /// memfd_create(2).
+    Memfd {
+        /// Its name.
+        name: serde_bytes::ByteBuf,
+        /// `F_SEAL_*`
+        seals: u32,
+    },
+}
+
+/// Whether a mapping's path is that of a memory object rather than of a file.
+pub fn is_shared_memory(path: &[u8]) -> bool {
+    path == b"/dev/zero" || path.starts_with(b"/memfd:") || path.starts_with(b"/SYSV")
+}
+
+/// The objects of a tree while it is captured.
+#[derive(Debug, Default)]
+pub struct SharedObjects {
+    by_inode: HashMap<(u64, u64), usize>,
+    objects: Vec<SharedObject>,
+    descriptors: Vec<OwnedFd>,
+}
+
+impl SharedObjects {
+    /// The object that `mapping` shows.
+    pub fn of_mapping(
+        &mut self,
+        process: &ProcessView,
+        mapping: &Mapping,
+        path: &[u8],
+    ) -> Result<usize, CaptureError> {
+        if path.starts_with(b"/SYSV") {
+            let name = String::from_utf8_lossy(path).into_owned();
+            let (reason, remedy) = ("System V shared memory is not carried yet", "use POSIX shared memory");
+            return Err(Refusal::mapping(process.pid, mapping.start, name, reason, remedy).into());
+        }
+        let link = format!("map_files/{:x}-{:x}", mapping.start, mapping.end);
+        let file = process.proc.open_file(&link, OFlags::RDONLY)?;
+        self.of_descriptor(process.pid, file, path)
+    }
+
+    /// The object behind `file`, a descriptor of ours; `path` is what the kernel calls it.
+    pub fn of_descriptor(&mut self, pid: i32, file: OwnedFd, path: &[u8]) -> Result<usize, CaptureError> {
+        let stat = rustix::fs::fstat(&file).map_err(CaptureError::io("fstat of shared memory", pid))?;
+        if let Some(index) = self.by_inode.get(&(stat.st_dev, stat.st_ino)) {
+            return Ok(*index);
+        }
+        let kind = match path.strip_prefix(b"/memfd:") {
+            None => SharedKind::Anonymous,
+            Some(name) => SharedKind::Memfd {
+                name: name.to_vec().into(),
+                seals: rustix::fs::fcntl_get_seals(&file).map_or(0, |seals| seals.bits()),
+            },
+        };
+        let index = self.objects.len();
+        self.by_inode.insert((stat.st_dev, stat.st_ino), index);
+        self.objects.push(SharedObject { kind, size: stat.st_size as u64, space: SpaceId(0) });
+        self.descriptors.push(file);
+        Ok(index)
+    }
+
+    /// Stores the content of all objects; returns them and the bytes stored.
+    pub fn store(
+        mut self,
+        sink: &mut dyn Sink,
+        spaces: &mut SpaceAllocator,
+    ) -> Result<(Vec<SharedObject>, u64), CaptureError> {
+        let mut buffer = vec![0; BUFFER];
+        let mut stored = 0;
+        for (object, file) in self.objects.iter_mut().zip(&self.descriptors) {
+            object.space = spaces.next();
+            stored += store_content(file.as_fd(), object, sink, &mut buffer)?;
+        }
+        Ok((self.objects, stored))
+    }
+}
+
+fn store_content(
+    file: BorrowedFd,
+    object: &SharedObject,
+    sink: &mut dyn Sink,
+    buffer: &mut [u8],
+) -> Result<u64, CaptureError> {
+    let fail = |what| CaptureError::io(what, 0);
+    let (mut position, mut stored) = (0, 0);
+    loop {
+        let data = match rustix::fs::seek(file, SeekFrom::Data(position)) {
+            Ok(data) => data / PAGE * PAGE,
+            Err(Errno::NXIO) => return Ok(stored),
+            Err(errno) => return Err(fail("finding data of shared memory")(errno)),
+        };
+        let hole =
+            rustix::fs::seek(file, SeekFrom::Hole(data)).map_err(fail("finding holes of shared memory"))?;
+        position = data;
+        while position < hole {
+            let wanted = (hole - position).min(buffer.len() as u64) as usize;
+            let got = rustix::io::pread(file, &mut buffer[..wanted], position)
+                .map_err(fail("reading shared memory"))?;
+            if got == 0 {
+                return Ok(stored);
+            }
+            // The last page of an object whose size is not a multiple of pages.
+            let whole = got.next_multiple_of(PAGE as usize);
+            buffer[got..whole].fill(0);
+            sink.pages(object.space, position, &buffer[..whole])?;
+            stored += whole as u64;
+            position += whole as u64;
+        }
+    }
+}
+
+impl SharedObject {
+    /// Makes the object again, with its content.
+    pub fn rebuild(&self, checkpoint: &Checkpoint) -> Result<OwnedFd, RestoreError> {
+        if self.size > SIZE_MAX {
+            return Err(RestoreError::inconsistent(format!("a shared-memory object of {} bytes", self.size)));
+        }
+        let fail = |step| RestoreError::rebuild("shared memory", step);
+        let file = match &self.kind {
+            SharedKind::Anonymous => limosa_kernel::memory::shared_anonymous(self.size)?,
+            SharedKind::Memfd { name, .. } => {
+                let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+                let file = rustix::fs::memfd_create(name.as_slice(), flags).map_err(fail("memfd_create"))?;
+                rustix::fs::ftruncate(&file, self.size).map_err(fail("ftruncate"))?;
+                file
+            }
+        };
+        let mut buffer = Vec::new();
+        for extent in checkpoint.extents(self.space) {
+            let mut done = 0;
+            while done < extent.length {
+                let length = (extent.length - done).min(limosa_image::CHUNK);
+                buffer.resize(length as usize, 0);
+                checkpoint.read_pages(extent, done..done + length, &mut buffer)?;
+                let offset = extent.start + done;
+                let inside = self.size.saturating_sub(offset).min(length) as usize;
+                write_all(&file, &buffer[..inside], offset)?;
+                done += length;
+            }
+        }
+        if let SharedKind::Memfd { seals, .. } = &self.kind
+            && *seals != 0
+        {
+            let seals = SealFlags::from_bits_retain(*seals);
+            rustix::fs::fcntl_add_seals(&file, seals).map_err(fail("fcntl(F_ADD_SEALS)"))?;
+        }
+        Ok(file)
+    }
+}
+
+fn write_all(file: &OwnedFd, mut bytes: &[u8], mut offset: u64) -> Result<(), RestoreError> {
+    while !bytes.is_empty() {
+        let written = rustix::io::pwrite(file, bytes, offset)
+            .map_err(RestoreError::rebuild("shared memory", "pwrite"))?;
+        bytes = &bytes[written..];
+        offset += written as u64;
+    }
+    Ok(())
+}

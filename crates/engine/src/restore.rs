@@ -1,0 +1,185 @@
+//! Restore: data becomes a running tree.
+//!
+//! ```text
+//!   Planned ── births ──► Built ── mappings, pages, descriptors, attributes ──► Loaded ── registers ──► Started
+//! ```
+//!
+//! Until it is started, nothing but our stub runs in the tree; it dies with the controller, and dropping any phase
+//! ends and reaps all of it. A [`Loaded`] tree can wait as long as it takes: that is what a migration needs.
+
+mod births;
+mod build;
+mod descriptors;
+mod start;
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use limosa_image::Checkpoint;
+use limosa_kernel::ptrace;
+use limosa_puppet::{Arena, Resident};
+use rustix::fs::{Mode, OFlags};
+
+use crate::error::RestoreError;
+use crate::plan::{Kin, NodeId, Plan, Role};
+use crate::report::Report;
+use crate::resources::mapping::{self, Backing};
+use crate::state::{Life, TREE, Tree};
+
+/// Sparse; what is used of it is a few hundred bytes for each object.
+const ARENA_SIZE: u64 = 8 << 30;
+
+/// How to restore.
+#[derive(Debug, Default)]
+pub struct Options {
+    /// The directory that becomes the tree's root; the host's root if none.
+    pub root: Option<PathBuf>,
+}
+
+/// A checkpoint that has been read and checked, and how its tree will be born.
+pub struct Planned<'a> {
+    checkpoint: &'a Checkpoint,
+    tree: Tree,
+    plan: Plan,
+    options: Options,
+}
+
+impl<'a> Planned<'a> {
+    /// Reads and checks the tree's state.
+    pub fn new(checkpoint: &'a Checkpoint, options: Options) -> Result<Self, RestoreError> {
+        let tree: Tree = checkpoint.state(TREE)?;
+        check(&tree)?;
+        let plan = Plan::new(&Kin::of(&tree))?;
+        Ok(Self { checkpoint, tree, plan, options })
+    }
+
+    /// What will be restored.
+    pub fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// Makes all processes, as puppets, and builds everything in them.
+    pub fn build(self, report: &mut Report) -> Result<Loaded, RestoreError> {
+        let mut nursery = report.phase("births", |_| births::give_birth(&self.tree, &self.plan))?;
+        report.processes = self.tree.processes.len();
+        report.descriptions = self.tree.descriptions.len();
+        report.threads = self.tree.living().map(|(_, body)| body.threads.len()).sum();
+        report.mappings = self.tree.living().map(|(_, body)| body.mappings.len()).sum();
+        let root = self.open_root()?;
+        let objects =
+            report.phase("objects", |_| descriptors::rebuild_all(&self.tree, self.checkpoint, root))?;
+        build::build_all(&self.tree, self.checkpoint, &mut nursery, objects, report)?;
+        Ok(Loaded { tree: self.tree, nursery })
+    }
+
+    fn open_root(&self) -> Result<OwnedFd, RestoreError> {
+        let path = self.options.root.clone().unwrap_or_else(|| PathBuf::from("/"));
+        rustix::fs::open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(RestoreError::rebuild(path.display().to_string(), "open"))
+    }
+}
+
+/// Checks what the type system does not: numbers that refer to something.
+fn check(tree: &Tree) -> Result<(), RestoreError> {
+    for (process, body) in tree.living() {
+        mapping::check(&body.mappings)?;
+        for mapping in &body.mappings {
+            if let Backing::SharedMemory(object, _) = mapping.backing
+                && object >= tree.shared_objects.len()
+            {
+                return Err(RestoreError::inconsistent(format!("there is no shared object {object}")));
+            }
+        }
+        let mut last = -1;
+        for descriptor in &body.descriptors {
+            if descriptor.description >= tree.descriptions.len() || descriptor.number <= last {
+                let what = format!("descriptor {} of process {}", descriptor.number, process.pid);
+                return Err(RestoreError::inconsistent(what));
+            }
+            last = descriptor.number;
+        }
+        if body.threads.first().is_none_or(|leader| leader.tid != process.pid) {
+            return Err(RestoreError::inconsistent(format!("process {} has no leading thread", process.pid)));
+        }
+    }
+    Ok(())
+}
+
+/// The processes of a tree while they are puppets. Dropped, it ends and reaps them.
+pub(crate) struct Nursery {
+    pub(crate) arena: Arena,
+    /// By node of the plan; ghosts and zombies included until they end.
+    pub(crate) puppets: Vec<Resident>,
+    /// Our end of the socket that descriptors are sent over.
+    pub(crate) socket: OwnedFd,
+    /// The puppets' end: its number in each of them.
+    pub(crate) socket_number: i32,
+    /// Who each node is, and its parent's node.
+    pub(crate) roles: Vec<(Role, Option<NodeId>)>,
+    /// The ID each node has in the tree's own PID namespace.
+    pub(crate) own_pids: Vec<i32>,
+    /// Nodes that have ended as planned.
+    pub(crate) ended: Vec<NodeId>,
+    /// Whether the tree is on its own now.
+    pub(crate) released: bool,
+    was_subreaper: bool,
+}
+
+impl Nursery {
+    /// The resident of `node`, and the arena it needs.
+    pub(crate) fn puppet(&mut self, node: NodeId) -> (&mut Resident, &mut Arena) {
+        (&mut self.puppets[node], &mut self.arena)
+    }
+}
+
+impl Drop for Nursery {
+    fn drop(&mut self) {
+        if !self.released {
+            // Orphans come to us (we are a subreaper), so each can be reaped.
+            for puppet in self.puppets.iter().rev().filter(|puppet| puppet.pid() > 0) {
+                let _ = limosa_kernel::task::signal_process(puppet.pid(), libc::SIGKILL);
+            }
+            for puppet in self.puppets.iter().filter(|puppet| puppet.pid() > 0) {
+                while let Ok(ptrace::WaitStatus::Stopped { .. }) = ptrace::wait(puppet.pid()) {}
+            }
+            for puppet in self.puppets.iter().filter(|puppet| puppet.pid() > 0) {
+                let _ = ptrace::wait(puppet.pid());
+            }
+        }
+        if !self.was_subreaper {
+            let _ = rustix::process::set_child_subreaper(None);
+        }
+    }
+}
+
+/// A tree that is complete but for its registers. It does not run yet.
+pub struct Loaded {
+    tree: Tree,
+    nursery: Nursery,
+}
+
+/// A tree that runs.
+#[derive(Debug)]
+pub struct Started {
+    /// PID of its root in the controller's PID namespace. It is a child of the controller.
+    pub root: i32,
+}
+
+impl Loaded {
+    /// Gives every thread its registers and lets the tree run.
+    pub fn start(mut self, report: &mut Report) -> Result<Started, RestoreError> {
+        report.phase("start", |_| start::start_all(&self.tree, &mut self.nursery))?;
+        self.nursery.released = true;
+        Ok(Started { root: self.nursery.puppets[0].pid() })
+    }
+
+    /// PID of the root in the controller's PID namespace.
+    pub fn root(&self) -> i32 {
+        self.nursery.puppets[0].pid()
+    }
+}
+
+/// Whether the process is alive in the tree.
+pub(crate) fn is_alive(tree: &Tree, index: usize) -> bool {
+    matches!(tree.processes[index].life, Life::Alive(_))
+}

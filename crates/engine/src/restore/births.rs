@@ -1,0 +1,217 @@
+//! Births: the whole tree makes itself, by the first programs of its puppets.
+
+use std::collections::HashMap;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use limosa_puppet::{Arena, Birth, Program, Resident, Running};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+use super::{ARENA_SIZE, Nursery};
+use crate::error::RestoreError;
+use crate::plan::{NodeId, Plan, Role, Step};
+use crate::resources::signal_handlers;
+use crate::state::{Life, Tree};
+
+const CLONE_ARGS_SIZE: usize = 88;
+const CLONE_PARENT: u64 = 0x8000;
+
+/// `struct clone_args` (clone3(2)) with a chosen PID.
+pub(crate) fn clone_arguments(
+    program: &mut Program,
+    flags: u64,
+    exit_signal: i32,
+    pid: i32,
+) -> limosa_puppet::Data {
+    let set_tid = program.words(&[pid as u64]);
+    let arguments = program.words(&[flags, 0, 0, 0, exit_signal as u64, 0, 0, 0, 0, 1, 0]);
+    program.point(arguments, 64, set_tid);
+    arguments
+}
+
+/// Adds the birth of `child` to `program`.
+pub(crate) fn add_clone(program: &mut Program, birth: &Birth, flags: u64, exit_signal: i32, pid: i32) {
+    let arguments = clone_arguments(program, flags, exit_signal, pid);
+    program.clone3("make a process or thread", arguments, CLONE_ARGS_SIZE, birth.mailbox(), birth.program());
+}
+
+/// Makes all processes of the plan as puppets: seized or not, they die with their parents until they are started.
+pub(crate) fn give_birth(tree: &Tree, plan: &Plan) -> Result<Nursery, RestoreError> {
+    let was_subreaper = rustix::process::child_subreaper().is_ok_and(|pid| pid.is_some());
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
+        .map_err(RestoreError::rebuild("the tree", "prctl(PR_SET_CHILD_SUBREAPER)"))?;
+    let mut arena = Arena::new(ARENA_SIZE, |start, end| is_free(tree, start, end))?;
+    let (ours, theirs) =
+        rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .map_err(RestoreError::rebuild("the tree", "socketpair"))?;
+    let socket_number = socket_number(tree)?;
+    let mut births: HashMap<NodeId, Birth> = HashMap::new();
+    for node in plan.makers_last() {
+        let program = first_program(tree, plan, node, &births);
+        births.insert(node, Birth::new(&mut arena, program)?);
+    }
+    let mut midwife = Resident::bare_child(&mut arena)?;
+    let delivered =
+        deliver_root(&mut midwife, &mut arena, &births[&0], tree.processes[0].pid, &theirs, socket_number);
+    let mut nursery = Nursery {
+        arena,
+        puppets: Vec::new(),
+        socket: ours,
+        socket_number,
+        roles: plan.nodes.iter().map(|node| (node.role, node.parent)).collect(),
+        own_pids: plan.nodes.iter().map(|node| node.pid).collect(),
+        ended: Vec::new(),
+        released: false,
+        was_subreaper,
+    };
+    // The midwife has done its work, whether or not the root could be born.
+    limosa_kernel::task::signal_process(midwife.pid(), libc::SIGKILL)?;
+    limosa_kernel::ptrace::wait(midwife.pid())?;
+    let running: Vec<(NodeId, Running)> = adopt(plan, births, delivered?, &mut nursery);
+    for (node, running) in running {
+        let outcome = nursery.puppets[node].finish(&nursery.arena, running);
+        if let Err(error) = outcome {
+            return Err(explain(error, plan));
+        }
+    }
+    Ok(nursery)
+}
+
+/// In the host's PID namespace every process has the PID that it is to have.
+fn adopt(
+    plan: &Plan,
+    mut births: HashMap<NodeId, Birth>,
+    root: i32,
+    nursery: &mut Nursery,
+) -> Vec<(NodeId, Running)> {
+    let mut running = Vec::with_capacity(plan.nodes.len());
+    for (node, planned) in plan.nodes.iter().enumerate() {
+        if let Some(birth) = births.remove(&node) {
+            let (resident, program) = birth.born(if node == 0 { root } else { planned.pid });
+            nursery.puppets.push(resident);
+            running.push((node, program));
+        }
+    }
+    running
+}
+
+/// A taken PID is the one failure that a user can do something about.
+fn explain(error: limosa_puppet::ResidentError, plan: &Plan) -> RestoreError {
+    use limosa_puppet::{ProgramError, ResidentError};
+    if let ResidentError::Program { pid, source: ProgramError::Call { source, .. } } = &error
+        && source.raw_os_error() == Some(libc::EEXIST)
+    {
+        let maker = plan.nodes.iter().position(|node| node.pid == *pid);
+        let made = plan.nodes.iter().find(|node| {
+            node.parent == maker
+                && rustix::process::Pid::from_raw(node.pid)
+                    .is_some_and(|pid| rustix::process::test_kill_process(pid).is_ok())
+        });
+        return RestoreError::PidTaken { pid: made.map_or(0, |node| node.pid) };
+    }
+    error.into()
+}
+
+/// Whether no process of the tree has anything at these addresses.
+fn is_free(tree: &Tree, start: u64, end: u64) -> bool {
+    tree.living()
+        .flat_map(|(_, body)| &body.mappings)
+        .all(|mapping| mapping.end() <= start || mapping.start >= end)
+}
+
+/// A number for the socket that is none of the tree's descriptors, and above all temporary ones.
+fn socket_number(tree: &Tree) -> Result<i32, RestoreError> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let highest = tree
+        .living()
+        .flat_map(|(_, body)| {
+            let last = body.descriptors.last().map_or(0, |descriptor| descriptor.number);
+            [last, (body.descriptors.len() + body.mappings.len()) as i32]
+        })
+        .max()
+        .unwrap_or(0);
+    let wanted = i64::from(highest) + 16;
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_some_and(|current| (current as i64) <= wanted) {
+        let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+        setrlimit(Resource::Nofile, raised)
+            .map_err(RestoreError::rebuild("the tree", "setrlimit(RLIMIT_NOFILE)"))?;
+    }
+    match getrlimit(Resource::Nofile).current {
+        Some(current) if (current as i64) <= wanted => Err(RestoreError::Unsupported {
+            what: format!("descriptor {highest}"),
+            why: format!("only {current} descriptors are allowed here; raise the limit (ulimit -n)"),
+        }),
+        _ => Ok(wanted as i32),
+    }
+}
+
+/// The program a node runs first.
+fn first_program(tree: &Tree, plan: &Plan, node: NodeId, births: &HashMap<NodeId, Birth>) -> Program {
+    let mut program = Program::new();
+    program.call(
+        "end with the parent",
+        libc::SYS_prctl,
+        [libc::PR_SET_PDEATHSIG.into(), libc::SIGKILL.into()],
+    );
+    for step in &plan.nodes[node].steps {
+        match step {
+            Step::OwnSession => {
+                program.call("lead a session", libc::SYS_setsid, []);
+            }
+            Step::OwnGroup => {
+                program.call("lead a process group", libc::SYS_setpgid, [0.into(), 0.into()]);
+            }
+            Step::Child(child) => {
+                let exit_signal = match plan.nodes[*child].role {
+                    Role::Process(index) => tree.processes[index].exit_signal,
+                    Role::Ghost => libc::SIGCHLD,
+                };
+                add_clone(&mut program, &births[child], 0, exit_signal, plan.nodes[*child].pid);
+            }
+            Step::Sibling(sibling) => {
+                // The kernel takes a sibling's exit signal from its maker.
+                add_clone(&mut program, &births[sibling], CLONE_PARENT, 0, plan.nodes[*sibling].pid);
+            }
+        }
+    }
+    if let Role::Process(index) = plan.nodes[node].role
+        && let Life::Zombie { name, .. } = &tree.processes[index].life
+    {
+        crate::resources::name::set(name, &mut program);
+    }
+    program
+}
+
+/// Has the midwife give birth to the root, as a child of ours.
+fn deliver_root(
+    midwife: &mut Resident,
+    arena: &mut Arena,
+    root: &Birth,
+    pid: i32,
+    socket: &OwnedFd,
+    number: i32,
+) -> Result<i32, RestoreError> {
+    let mut program = Program::new();
+    signal_handlers::reset_all(&mut program);
+    // Standard input, output and error are the controller's: nothing of it is to stay in the tree.
+    let keep = number as u64;
+    program.call("take the socket", libc::SYS_dup3, [socket.as_raw_fd().into(), number.into(), 0.into()]);
+    program.call(
+        "close the controller's descriptors",
+        libc::SYS_close_range,
+        [0.into(), (keep - 1).into(), 0.into()],
+    );
+    let above = [(keep + 1).into(), u64::from(u32::MAX).into(), 0.into()];
+    program.call("close the controller's descriptors", libc::SYS_close_range, above);
+    let arguments = clone_arguments(&mut program, CLONE_PARENT, 0, pid);
+    let call =
+        program.clone3("make the root process", arguments, CLONE_ARGS_SIZE, root.mailbox(), root.program());
+    match midwife.run(arena, program) {
+        Ok(outcome) => Ok(outcome.result(call).map_or(0, |pid| pid as i32)),
+        Err(limosa_puppet::ResidentError::Program {
+            source: limosa_puppet::ProgramError::Call { purpose: "make the root process", source, .. },
+            ..
+        }) if source.raw_os_error() == Some(libc::EEXIST) => Err(RestoreError::PidTaken { pid }),
+        Err(error) => Err(error.into()),
+    }
+}

@@ -1,0 +1,294 @@
+//! Building: mappings, pages, descriptors and attributes, by two programs for each process.
+//!
+//! The first makes the mappings, writable, so that Limosa can fill them. The second gives them their final form,
+//! places the descriptors, sets everything a process has one of, makes the threads, and lets each set what is its
+//! own, credentials last.
+
+use std::os::fd::{AsFd, BorrowedFd};
+
+use limosa_image::Checkpoint;
+use limosa_puppet::{Birth, Program, Running};
+
+use super::births::add_clone;
+use super::descriptors::{self, Objects};
+use super::{Nursery, is_alive};
+use crate::error::RestoreError;
+use crate::memory;
+use crate::plan::Role;
+use crate::report::Report;
+use crate::resources::mapping::Backing;
+use crate::state::{Body, Life, Process, Tree};
+
+const CLONE_THREAD_FLAGS: u64 = (libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_SYSVSEM) as u64;
+
+/// Builds everything in all puppets.
+pub(crate) fn build_all(
+    tree: &Tree,
+    checkpoint: &Checkpoint,
+    nursery: &mut Nursery,
+    mut objects: Objects,
+    report: &mut Report,
+) -> Result<(), RestoreError> {
+    report.phase("mappings", |_| -> Result<(), RestoreError> {
+        for (index, process) in tree.processes.iter().enumerate() {
+            match &process.life {
+                Life::Alive(body) => make_mappings(index, process, body, checkpoint, nursery, &mut objects)?,
+                Life::Zombie { .. } => join_group(index, process, nursery)?,
+            }
+        }
+        Ok(())
+    })?;
+    report.phase("ghosts and zombies", |_| lay_to_rest(tree, nursery))?;
+    report.phase("memory", |report| -> Result<(), RestoreError> {
+        for (index, process) in tree.processes.iter().enumerate() {
+            if let Life::Alive(body) = &process.life {
+                let pid = nursery.puppets[index].pid();
+                report.page_bytes += memory::load(pid, checkpoint, body.space)?;
+            }
+        }
+        Ok(())
+    })?;
+    report.phase("attributes", |_| -> Result<(), RestoreError> {
+        for (index, process) in tree.processes.iter().enumerate() {
+            if let Life::Alive(body) = &process.life {
+                complete(index, tree, body, checkpoint, nursery, &mut objects)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+fn set_group(program: &mut Program, process: &Process) {
+    // Leaders have made their groups; a group outside the tree is inherited from the controller.
+    if process.process_group != process.pid && process.process_group != 0 {
+        let arguments = [0.into(), process.process_group.into()];
+        program.try_call("join the process group", libc::SYS_setpgid, arguments);
+    }
+}
+
+fn join_group(index: usize, process: &Process, nursery: &mut Nursery) -> Result<(), RestoreError> {
+    let mut program = Program::new();
+    set_group(&mut program, process);
+    let (puppet, arena) = nursery.puppet(index);
+    puppet.run(arena, program)?;
+    Ok(())
+}
+
+fn make_mappings(
+    index: usize,
+    process: &Process,
+    body: &Body,
+    checkpoint: &Checkpoint,
+    nursery: &mut Nursery,
+    objects: &mut Objects,
+) -> Result<(), RestoreError> {
+    let mut program = Program::new();
+    set_group(&mut program, process);
+    // A descriptor for each file or object that is mapped: the n-th received has the number n.
+    let mut sent = Vec::new();
+    let mut numbers = Vec::with_capacity(body.mappings.len());
+    let mut known: Vec<(&Backing, i32)> = Vec::new();
+    for mapping in &body.mappings {
+        let same = known.iter().rev().find(|(backing, _)| same_object(backing, &mapping.backing));
+        let number = match same {
+            Some((_, number)) => Some(*number),
+            None => match objects.for_mapping(&mapping.backing)? {
+                None => None,
+                Some(descriptor) => {
+                    let number = sent.len() as i32;
+                    sent.push(descriptor.try_clone_to_owned().map_err(|source| RestoreError::Rebuild {
+                        object: format!("mapping at {:#x}", mapping.start),
+                        step: "dup",
+                        source,
+                    })?);
+                    known.push((&mapping.backing, number));
+                    Some(number)
+                }
+            },
+        };
+        numbers.push(number);
+    }
+    descriptors::receive(&mut program, nursery.socket_number, sent.len());
+    let extents = checkpoint.extents(body.space);
+    for (mapping, number) in body.mappings.iter().zip(numbers) {
+        check_vdso(&mapping.backing)?;
+        let writable = mapping.is_private() && memory::has_pages(extents, mapping);
+        mapping.map(&mut program, number, writable);
+    }
+    if !sent.is_empty() {
+        let arguments = [0.into(), (nursery.socket_number - 1).into(), 0.into()];
+        program.call("close mapped files", libc::SYS_close_range, arguments);
+    }
+    let borrowed: Vec<BorrowedFd> = sent.iter().map(AsFd::as_fd).collect();
+    descriptors::send(&nursery.socket, &borrowed)?;
+    let (puppet, arena) = nursery.puppet(index);
+    puppet.run(arena, program)?;
+    Ok(())
+}
+
+fn same_object(a: &Backing, b: &Backing) -> bool {
+    match (a, b) {
+        (Backing::SharedMemory(a, _), Backing::SharedMemory(b, _)) => a == b,
+        (Backing::File(a), Backing::File(b)) => a.path == b.path && a.writable == b.writable,
+        _ => false,
+    }
+}
+
+/// The vDSO is this kernel's; a checkpoint that had another one cannot use it.
+fn check_vdso(backing: &Backing) -> Result<(), RestoreError> {
+    use std::sync::OnceLock;
+    static OWN: OnceLock<Option<u64>> = OnceLock::new();
+    let Backing::Vdso(digest) = backing else { return Ok(()) };
+    let own = OWN.get_or_init(|| {
+        let proc = limosa_kernel::proc::ProcDir::open(std::process::id() as i32).ok()?;
+        let maps = proc.maps().ok()?;
+        let vdso = maps.iter().find(|mapping| mapping.name == limosa_kernel::proc::MappingName::Vdso)?;
+        let mut image = vec![0; vdso.len() as usize];
+        limosa_kernel::memory::read(std::process::id() as i32, vdso.start, &mut image).ok()?;
+        Some(crate::resources::mapping::vdso_digest(&image))
+    });
+    if *own == Some(*digest) {
+        return Ok(());
+    }
+    Err(RestoreError::Unsupported {
+        what: "the vDSO of the checkpoint".into(),
+        why: "this kernel has another one; restore on the kernel version of the checkpoint".into(),
+    })
+}
+
+/// Ghosts and zombies end, now that all groups have their members; ghosts are reaped by their parents.
+fn lay_to_rest(tree: &Tree, nursery: &mut Nursery) -> Result<(), RestoreError> {
+    let mut reapers: Vec<(usize, i32)> = Vec::new();
+    for node in 0..nursery.puppets.len() {
+        let (status, parent) = match nursery.roles[node] {
+            (Role::Process(index), _) => match &tree.processes[index].life {
+                Life::Zombie { wait_status, .. } => (*wait_status, None),
+                Life::Alive(_) => continue,
+            },
+            (Role::Ghost, parent) => (0, parent),
+        };
+        let mut program = Program::new();
+        end_with(&mut program, status);
+        let pid = nursery.puppets[node].pid();
+        let (puppet, arena) = nursery.puppet(node);
+        // Nobody answers: the program is the puppet's last.
+        let _ = puppet.start(arena, program)?;
+        wait_for_end(pid)?;
+        nursery.ended.push(node);
+        if let Some(parent) = parent {
+            reapers.push((parent, nursery.own_pids[node]));
+        }
+    }
+    for (parent, ghost) in reapers {
+        let mut program = Program::new();
+        let arguments = [ghost.into(), 0.into(), libc::__WALL.into(), 0.into()];
+        program.call("reap a stand-in", libc::SYS_wait4, arguments);
+        let (puppet, arena) = nursery.puppet(parent);
+        puppet.run(arena, program)?;
+    }
+    Ok(())
+}
+
+/// Adds the calls that end the process so that its parent sees `status`.
+fn end_with(program: &mut Program, status: i32) {
+    let signal = status & 0x7f;
+    if signal != 0 {
+        let none = program.words(&[0, 0]);
+        let arguments = [0.into(), libc::RLIMIT_CORE.into(), none.into(), 0.into()];
+        program.try_call("leave no core file", libc::SYS_prlimit64, arguments);
+        let mask = program.words(&[0]);
+        let pid = program.call("ask for the process id", libc::SYS_getpid, []);
+        program.call("end by a signal", libc::SYS_kill, [pid.into(), signal.into()]);
+        let arguments = [libc::SIG_SETMASK.into(), mask.into(), 0.into(), 8.into()];
+        program.call("let the signal through", libc::SYS_rt_sigprocmask, arguments);
+    }
+    program.call("end", libc::SYS_exit_group, [(status >> 8 & 0xff).into()]);
+}
+
+fn wait_for_end(pid: i32) -> Result<(), RestoreError> {
+    use limosa_kernel::proc::{ProcDir, TaskState};
+    let started = std::time::Instant::now();
+    loop {
+        match ProcDir::open(pid).and_then(|proc| proc.stat()) {
+            Ok(stat) if stat.state != TaskState::Zombie => {}
+            Ok(_) => return Ok(()),
+            Err(error) if error.is_gone() => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+        if started.elapsed() > std::time::Duration::from_secs(10) {
+            return Err(RestoreError::inconsistent(format!("stand-in {pid} does not end")));
+        }
+        std::thread::yield_now();
+    }
+}
+
+/// The second program of a living process.
+fn complete(
+    index: usize,
+    tree: &Tree,
+    body: &Body,
+    checkpoint: &Checkpoint,
+    nursery: &mut Nursery,
+    objects: &mut Objects,
+) -> Result<(), RestoreError> {
+    let mut program = Program::new();
+    let extents = checkpoint.extents(body.space);
+    for mapping in &body.mappings {
+        mapping.finish(&mut program, mapping.is_private() && memory::has_pages(extents, mapping));
+    }
+    descriptors::place(&mut program, nursery.socket_number, &body.descriptors);
+    for descriptor in &body.descriptors {
+        for completion in objects.completions.remove(&descriptor.description).unwrap_or_default() {
+            completion(descriptor.number, &mut program);
+        }
+    }
+    program.call("close the socket", libc::SYS_close, [nursery.socket_number.into()]);
+    forget_children(&mut program);
+    body.state.rebuild(&mut program);
+    let mut threads: Vec<(i32, Birth)> = Vec::with_capacity(body.threads.len() - 1);
+    for thread in &body.threads[1..] {
+        let mut own = Program::new();
+        thread.state.rebuild(&mut own);
+        let birth = Birth::new(&mut nursery.arena, own)?;
+        add_clone(&mut program, &birth, CLONE_THREAD_FLAGS, 0, thread.tid);
+        threads.push((thread.tid, birth));
+    }
+    body.threads[0].state.rebuild(&mut program);
+    let given: Vec<BorrowedFd> = body
+        .descriptors
+        .iter()
+        .map(|descriptor| objects.descriptions[descriptor.description].as_fd())
+        .collect();
+    descriptors::send(&nursery.socket, &given)?;
+    let (puppet, arena) = nursery.puppet(index);
+    puppet.run(arena, program)?;
+    let leader = puppet.pid();
+    let running: Vec<_> = threads.into_iter().map(|(_, birth)| birth.born(leader)).collect();
+    for (thread, running) in running {
+        finish_thread(&thread, &nursery.arena, running)?;
+    }
+    debug_assert!(is_alive(tree, index));
+    Ok(())
+}
+
+fn finish_thread(
+    thread: &limosa_puppet::Resident,
+    arena: &limosa_puppet::Arena,
+    running: Running,
+) -> Result<(), RestoreError> {
+    thread.finish(arena, running)?;
+    Ok(())
+}
+
+/// Takes back the `SIGCHLD` that stand-ins and zombies caused: what was pending is queued again by its room.
+fn forget_children(program: &mut Program) {
+    let set = program.words(&[1 << (libc::SIGCHLD - 1)]);
+    let now = program.words(&[0, 0]);
+    let arguments = [set.into(), 0.into(), now.into(), 8.into()];
+    program.try_call("forget the ends of stand-ins", libc::SYS_rt_sigtimedwait, arguments);
+}

@@ -1,0 +1,213 @@
+//! Descriptions are rebuilt once, in Limosa, and then given to every process that holds a descriptor of them.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use limosa_image::Checkpoint;
+use limosa_puppet::{Data, Program};
+use rustix::fs::{Mode, OFlags};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+
+use crate::error::RestoreError;
+use crate::resources::RebuildContext;
+use crate::resources::context::Completion;
+use crate::resources::mapping::{Backing, MappedFile};
+use crate::state::{Descriptor, Tree};
+
+/// Most descriptors that one message carries (`SCM_MAX_FD`).
+pub(crate) const BATCH: usize = 253;
+const MSG_CMSG_CLOEXEC: i32 = 0x4000_0000;
+
+/// What processes will be given.
+pub(crate) struct Objects {
+    /// By index of the description.
+    pub(crate) descriptions: Vec<OwnedFd>,
+    /// By index of the shared object.
+    pub(crate) shared: Vec<OwnedFd>,
+    /// What the first holder of a description has to do.
+    pub(crate) completions: HashMap<usize, Vec<Completion>>,
+    files: HashMap<(Vec<u8>, bool), OwnedFd>,
+    root: OwnedFd,
+}
+
+/// Rebuilds all shared objects and descriptions.
+pub(crate) fn rebuild_all(
+    tree: &Tree,
+    checkpoint: &Checkpoint,
+    root: OwnedFd,
+) -> Result<Objects, RestoreError> {
+    let shared: Vec<OwnedFd> =
+        tree.shared_objects.iter().map(|object| object.rebuild(checkpoint)).collect::<Result<_, _>>()?;
+    let own_root = root.try_clone().map_err(|source| RestoreError::Rebuild {
+        object: "the root directory".into(),
+        step: "dup",
+        source,
+    })?;
+    let mut context = RebuildContext::new(checkpoint, root, &shared);
+    let mut descriptions = Vec::with_capacity(tree.descriptions.len());
+    let mut completions = HashMap::new();
+    for (index, description) in tree.descriptions.iter().enumerate() {
+        let descriptor = description.state.rebuild(description.flags, &mut context)?;
+        set_status(&descriptor, description.flags, description.state.kind())?;
+        let completion = context.take_completions();
+        if !completion.is_empty() {
+            completions.insert(index, completion);
+        }
+        descriptions.push(descriptor);
+    }
+    drop(context);
+    Ok(Objects { descriptions, shared, completions, files: HashMap::new(), root: own_root })
+}
+
+/// Status flags that fcntl(F_SETFL) can set, whatever the kind.
+fn set_status(descriptor: &OwnedFd, flags: u32, kind: &str) -> Result<(), RestoreError> {
+    let settable = OFlags::APPEND | OFlags::ASYNC | OFlags::DIRECT | OFlags::NOATIME | OFlags::NONBLOCK;
+    let flags = OFlags::from_bits_retain(flags);
+    if flags.contains(OFlags::PATH) {
+        return Ok(());
+    }
+    let now = rustix::fs::fcntl_getfl(descriptor).map_err(RestoreError::rebuild(kind, "fcntl(F_GETFL)"))?;
+    if (now ^ flags).intersects(settable) {
+        let wanted = (now - settable) | (flags & settable);
+        rustix::fs::fcntl_setfl(descriptor, wanted).map_err(RestoreError::rebuild(kind, "fcntl(F_SETFL)"))?;
+    }
+    Ok(())
+}
+
+impl Objects {
+    /// The descriptor to map for a mapping, if it needs one; files are opened once.
+    pub(crate) fn for_mapping(&mut self, backing: &Backing) -> Result<Option<BorrowedFd<'_>>, RestoreError> {
+        match backing {
+            Backing::Anonymous | Backing::Vdso(_) => Ok(None),
+            Backing::SharedMemory(object, _) => Ok(self.shared.get(*object).map(AsFd::as_fd)),
+            Backing::File(file) => {
+                let key = (file.path.to_vec(), file.writable);
+                if !self.files.contains_key(&key) {
+                    let opened = open_mapped(&self.root, file)?;
+                    self.files.insert(key.clone(), opened);
+                }
+                Ok(self.files.get(&key).map(AsFd::as_fd))
+            }
+        }
+    }
+}
+
+fn open_mapped(root: &OwnedFd, file: &MappedFile) -> Result<OwnedFd, RestoreError> {
+    let path = || String::from_utf8_lossy(&file.path).into_owned();
+    let access = if file.writable { OFlags::RDWR } else { OFlags::RDONLY };
+    let flags = access | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let opened = rustix::fs::openat2(
+        root,
+        file.path.as_slice(),
+        flags,
+        Mode::empty(),
+        rustix::fs::ResolveFlags::IN_ROOT,
+    )
+    .map_err(|errno| RestoreError::File { path: path(), reason: std::io::Error::from(errno).to_string() })?;
+    let stat = rustix::fs::fstat(&opened).map_err(RestoreError::rebuild(path(), "fstat"))?;
+    let device = rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::CharacterDevice;
+    // A shared file may have grown since; a private one, such as a library, must be the same.
+    if !device && !file.shared && stat.st_size as u64 != file.size {
+        let reason = format!("it has {} bytes here, and had {} at the checkpoint", stat.st_size, file.size);
+        return Err(RestoreError::File { path: path(), reason });
+    }
+    Ok(opened)
+}
+
+/// Sends descriptors to whichever puppet runs [`receive`] next.
+pub(crate) fn send(socket: &OwnedFd, descriptors: &[BorrowedFd]) -> Result<(), RestoreError> {
+    let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
+    for batch in descriptors.chunks(BATCH) {
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        ancillary.push(SendAncillaryMessage::ScmRights(batch));
+        let byte = [std::io::IoSlice::new(b"d")];
+        rustix::net::sendmsg(socket, &byte, &mut ancillary, SendFlags::empty())
+            .map_err(RestoreError::rebuild("descriptors", "sendmsg"))?;
+    }
+    Ok(())
+}
+
+/// Adds the calls that receive `count` descriptors, in the lowest free numbers, close-on-exec.
+pub(crate) fn receive(program: &mut Program, socket: i32, count: usize) {
+    let mut left = count;
+    while left > 0 {
+        let batch = left.min(BATCH);
+        let message = receive_header(program, batch);
+        let arguments = [socket.into(), message.into(), MSG_CMSG_CLOEXEC.into()];
+        program.call("receive descriptors", libc::SYS_recvmsg, arguments);
+        left -= batch;
+    }
+}
+
+/// `struct msghdr` for one byte and `count` descriptors.
+fn receive_header(program: &mut Program, count: usize) -> Data {
+    let control_size = 16 + (count * 4).next_multiple_of(8);
+    let byte = program.space(8);
+    let vector = program.words(&[0, 1]);
+    program.point(vector, 0, byte);
+    let control = program.space(control_size);
+    let header = program.words(&[0, 0, 0, 1, 0, control_size as u64, 0]);
+    program.point(header, 16, vector);
+    program.point(header, 32, control);
+    header
+}
+
+/// Adds the calls that give a process its descriptors. Nothing but the socket is open in it.
+///
+/// Received descriptors take the lowest free numbers, in order; in a list sorted by number none lands above
+/// its own place. So from the last to the first, each is moved to a place that is free by then.
+pub(crate) fn place(program: &mut Program, socket: i32, descriptors: &[Descriptor]) {
+    let mut taken: Vec<i32> = Vec::new();
+    for batch in descriptors.chunks(BATCH) {
+        receive(program, socket, batch.len());
+        let landed = lowest_free(&taken, batch.len());
+        for (descriptor, at) in batch.iter().zip(&landed).rev() {
+            let flag = if descriptor.close_on_exec { libc::O_CLOEXEC } else { 0 };
+            if *at != descriptor.number {
+                let arguments = [(*at).into(), descriptor.number.into(), flag.into()];
+                program.call("put a descriptor in its place", libc::SYS_dup3, arguments);
+                program.call("close its temporary number", libc::SYS_close, [(*at).into()]);
+            } else if !descriptor.close_on_exec {
+                let arguments = [(*at).into(), libc::F_SETFD.into(), 0.into()];
+                program.call("keep a descriptor over execve", libc::SYS_fcntl, arguments);
+            }
+        }
+        taken.extend(batch.iter().map(|descriptor| descriptor.number));
+    }
+}
+
+/// The `count` lowest numbers that are not in `taken`, which is sorted.
+fn lowest_free(taken: &[i32], count: usize) -> Vec<i32> {
+    let mut taken = taken.iter().peekable();
+    let mut free = Vec::with_capacity(count);
+    let mut number = 0;
+    while free.len() < count {
+        if taken.next_if(|used| **used == number).is_none() {
+            free.push(number);
+        }
+        number += 1;
+    }
+    free
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn received_descriptors_never_land_above_their_places() {
+        let numbers: Vec<i32> = (0..600).filter(|number| number % 3 != 1).chain([1000, 4000]).collect();
+        let mut taken: Vec<i32> = Vec::new();
+        for batch in numbers.chunks(BATCH) {
+            let landed = lowest_free(&taken, batch.len());
+            assert!(landed.iter().zip(batch).all(|(at, number)| at <= number));
+            let mut open: Vec<i32> = taken.iter().chain(&landed).copied().collect();
+            for (at, number) in landed.iter().zip(batch).rev() {
+                assert!(at == number || !open.contains(number), "{number} is free when {at} moves there");
+                open.retain(|used| used != at);
+                open.push(*number);
+            }
+            taken.extend(batch);
+        }
+    }
+}

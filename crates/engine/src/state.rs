@@ -1,0 +1,119 @@
+//! The state of a process tree as it stands in a checkpoint.
+//!
+//! Sections: `tree` is a [`Tree`]; page data lies in spaces: one for each address space ([`Process::space`]),
+//! one for each shared-memory object. What an object kind's state is, its room in `resources` says.
+//! All PIDs and TIDs are the ones the processes themselves see.
+
+use limosa_image::SpaceId;
+use serde::{Deserialize, Serialize};
+
+use crate::resources::mapping::MappingState;
+use crate::resources::shared_memory::SharedObject;
+use crate::resources::{DescriptorState, NamespaceState, ProcessState, ThreadState};
+
+/// Name of the section that holds the [`Tree`].
+pub const TREE: &str = "tree";
+
+/// A process tree.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Tree {
+    /// Parents before children; the first is the root.
+    pub processes: Vec<Process>,
+    /// Open file descriptions, each once.
+    pub descriptions: Vec<Description>,
+    /// Memory that processes share: anonymous, memfd, System V.
+    pub shared_objects: Vec<SharedObject>,
+    /// The namespaces that are not the host's, and what is in them.
+    pub namespaces: NamespaceState,
+}
+
+/// A process.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Process {
+    /// Its ID.
+    pub pid: i32,
+    /// Its parent's ID; not meaningful for the root.
+    pub parent: i32,
+    /// Its process group.
+    pub process_group: i32,
+    /// Its session.
+    pub session: i32,
+    /// What its parent gets when it ends.
+    pub exit_signal: i32,
+    /// Alive or dead.
+    pub life: Life,
+}
+
+/// Whether a process runs.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Life {
+    /// Ended, not yet reaped by its parent.
+    Zombie {
+        /// As waitpid(2) gives it.
+        wait_status: i32,
+        /// Its name.
+        #[serde(with = "serde_bytes")]
+        name: Vec<u8>,
+    },
+    /// Alive.
+    Alive(Box<Body>),
+}
+
+/// What a living process consists of.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Body {
+    /// The space of its private pages.
+    pub space: SpaceId,
+    /// Its mappings by address.
+    pub mappings: Vec<MappingState>,
+    /// Its descriptors by number.
+    pub descriptors: Vec<Descriptor>,
+    /// Its threads, the leader first.
+    pub threads: Vec<Thread>,
+    /// The signal that stopped it, if job control did.
+    pub stopped: Option<i32>,
+    /// Everything else a process has one of.
+    pub state: ProcessState,
+}
+
+/// A descriptor.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Descriptor {
+    /// Its number.
+    pub number: i32,
+    /// Index into [`Tree::descriptions`].
+    pub description: usize,
+    /// Whether it is closed by execve(2).
+    pub close_on_exec: bool,
+}
+
+/// An open file description.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Description {
+    /// `O_*` status flags and access mode.
+    pub flags: u32,
+    /// Who gets its signals (`F_SETOWN_EX`: type, ID), and which signal (`F_SETSIG`), where set.
+    pub owner: Option<(i32, i32, i32)>,
+    /// What it refers to.
+    pub state: DescriptorState,
+}
+
+/// A thread.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Thread {
+    /// Its ID.
+    pub tid: i32,
+    /// Everything about it.
+    pub state: ThreadState,
+}
+
+impl Tree {
+    /// Living processes with their bodies.
+    pub fn living(&self) -> impl Iterator<Item = (&Process, &Body)> {
+        self.processes.iter().filter_map(|process| match &process.life {
+            Life::Alive(body) => Some((process, body.as_ref())),
+            Life::Zombie { .. } => None,
+        })
+    }
+}

@@ -1,0 +1,76 @@
+//! What rooms get to see of frozen processes, threads and open file descriptions.
+
+use std::os::fd::OwnedFd;
+
+use limosa_kernel::proc::{FdInfo, Mapping, ProcDir, Stat, Status};
+
+/// A frozen process.
+#[derive(Debug)]
+pub struct ProcessView<'a> {
+    /// PID as Limosa sees it.
+    pub pid: i32,
+    /// PID as the process itself sees it.
+    pub own_pid: i32,
+    /// `/proc/PID`.
+    pub proc: &'a ProcDir,
+    /// `/proc/PID/stat`.
+    pub stat: Stat,
+    /// `/proc/PID/status` of the leader.
+    pub status: Status,
+    /// Mappings, with the kernel's flags.
+    pub mappings: Vec<Mapping>,
+}
+
+/// A stopped thread.
+#[derive(Debug)]
+pub struct ThreadView<'a> {
+    /// Its process.
+    pub process: &'a ProcessView<'a>,
+    /// TID as Limosa sees it.
+    pub tid: i32,
+    /// TID as the process itself sees it.
+    pub own_tid: i32,
+    /// `/proc/PID/task/TID`.
+    pub proc: ProcDir,
+    /// `/proc/PID/task/TID/status`.
+    pub status: Status,
+}
+
+/// An open file description, seen through one of its descriptors.
+#[derive(Debug)]
+pub struct DescriptionView<'a> {
+    /// The process that holds the descriptor.
+    pub process: &'a ProcessView<'a>,
+    /// The descriptor's number there.
+    pub number: i32,
+    /// The text of `/proc/PID/fd/NUMBER`.
+    pub link: Vec<u8>,
+    /// `/proc/PID/fdinfo/NUMBER`.
+    pub info: FdInfo,
+    /// A duplicate of the descriptor.
+    pub descriptor: OwnedFd,
+    /// fstat(2) of it.
+    pub stat: rustix::fs::Stat,
+}
+
+impl DescriptionView<'_> {
+    /// The link as text, for messages.
+    pub fn link_text(&self) -> String {
+        String::from_utf8_lossy(&self.link).into_owned()
+    }
+
+    /// A refusal of this descriptor.
+    pub fn refuse(&self, reason: impl Into<String>, remedy: impl Into<String>) -> crate::Refusal {
+        crate::Refusal {
+            pid: self.process.pid,
+            subject: crate::Subject::Descriptor { number: self.number, link: self.link_text() },
+            reason: reason.into(),
+            remedy: remedy.into(),
+        }
+    }
+
+    /// An error of an operation on this descriptor.
+    pub fn error(&self, what: &'static str) -> impl FnOnce(rustix::io::Errno) -> crate::CaptureError + use<> {
+        crate::CaptureError::io(what, self.process.pid)
+    }
+}
