@@ -6,6 +6,7 @@
 //!
 //! Dropped at any point, or killed, the tree runs on.
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
 
 use limosa_image::Sink;
@@ -26,6 +27,15 @@ use crate::resources::{
 use crate::state::{Body, Description, Descriptor, Life, Process, TREE, Thread, Tree};
 use crate::view::{DescriptionView, ProcessView, ThreadView};
 
+/// How to checkpoint.
+#[derive(Debug, Default)]
+pub struct Options {
+    /// Whether the tree is a container of `limosa run`, whose namespaces a shell can be prepared for.
+    pub container: bool,
+    /// Files outside the tree's root that restore will be told about: keys by device and inode.
+    pub externals: HashMap<(u64, u64), String>,
+}
+
 /// A tree that is captured, and still frozen.
 #[derive(Debug)]
 pub struct Captured {
@@ -33,15 +43,20 @@ pub struct Captured {
 }
 
 /// Freezes the tree rooted at `root` and puts everything about it into `sink`.
-pub fn capture(root: i32, sink: &mut dyn Sink, report: &mut Report) -> Result<Captured, CaptureError> {
+pub fn capture(
+    root: i32,
+    sink: &mut dyn Sink,
+    options: &Options,
+    report: &mut Report,
+) -> Result<Captured, CaptureError> {
     let frozen = report.phase("freeze", |_| Frozen::stop(root))?;
     let views = report.phase("look", |_| views(&frozen))?;
     let mut spaces = SpaceAllocator::default();
     let mut shared = SharedObjects::default();
-    let namespaces = NamespaceState::capture(&views[0])?;
+    let namespaces = NamespaceState::capture(&views[0], options.container)?;
     let mut processes = report.phase("ask", |_| ask_all(&frozen, &views, &mut spaces, &mut shared))?;
     let descriptions = report.phase("descriptors", |_| {
-        capture_descriptors(&views, &mut processes, sink, &mut spaces, &mut shared)
+        capture_descriptors(&views, &mut processes, sink, &mut spaces, &mut shared, options)
     })?;
     report.phase("memory", |report| -> Result<(), CaptureError> {
         for (view, process) in views.iter().zip(&processes) {
@@ -90,6 +105,7 @@ fn views(frozen: &Frozen) -> Result<Vec<ProcessView<'_>>, CaptureError> {
                 stat: process.proc.stat()?,
                 mappings: if zombie { Vec::new() } else { process.proc.smaps()? },
                 status,
+                mounts: OnceCell::new(),
             })
         })
         .collect()
@@ -183,6 +199,7 @@ fn capture_descriptors(
     sink: &mut dyn Sink,
     spaces: &mut SpaceAllocator,
     shared: &mut SharedObjects,
+    options: &Options,
 ) -> Result<Vec<Description>, CaptureError> {
     let mut found: Vec<DescriptionView> = Vec::new();
     let mut by_inode: HashMap<(u64, u64), Vec<usize>> = HashMap::new();
@@ -219,7 +236,7 @@ fn capture_descriptors(
             body.descriptors.push(Descriptor { number, description, close_on_exec });
         }
     }
-    let mut context = CaptureContext::new(sink, spaces, &by_number, shared);
+    let mut context = CaptureContext::new(sink, spaces, &by_number, shared, &options.externals);
     found
         .iter()
         .map(|view| {
@@ -238,7 +255,15 @@ fn reap_children(parent: i32, children: &[i32]) {
         let proc = limosa_kernel::proc::ProcDir::open(parent)?;
         let (status, stat) = (proc.status()?, proc.stat()?);
         let mappings = proc.maps()?;
-        let view = ProcessView { pid: parent, own_pid: parent, proc: &proc, stat, mappings, status };
+        let view = ProcessView {
+            pid: parent,
+            own_pid: parent,
+            proc: &proc,
+            stat,
+            mappings,
+            status,
+            mounts: OnceCell::new(),
+        };
         let foreign = ForeignMemory::open(parent)?;
         let vdso = locate_vdso(&view, &foreign)?;
         let mut program = Program::new();

@@ -12,10 +12,13 @@ mod build;
 mod descriptors;
 mod start;
 
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use limosa_image::Checkpoint;
+use limosa_kernel::namespace::Kind;
+use limosa_kernel::net::InNetns;
 use limosa_kernel::ptrace;
 use limosa_puppet::{Arena, Resident};
 use rustix::fs::{Mode, OFlags};
@@ -34,6 +37,19 @@ const ARENA_SIZE: u64 = 8 << 30;
 pub struct Options {
     /// The directory that becomes the tree's root; the host's root if none.
     pub root: Option<PathBuf>,
+    /// The prepared namespaces of a tree that has its own; without, it comes back in the host's.
+    pub place: Option<Place>,
+    /// Files outside the tree's root, by the keys they have in the checkpoint.
+    pub externals: HashMap<String, PathBuf>,
+}
+
+/// Namespaces and control groups that a tree is born into. The PID namespace is made with its root.
+#[derive(Debug, Default)]
+pub struct Place {
+    /// Namespaces, in the order in which they can be entered.
+    pub namespaces: Vec<(Kind, OwnedFd)>,
+    /// `cgroup.procs` of each control group, open for writing.
+    pub cgroups: Vec<OwnedFd>,
 }
 
 /// A checkpoint that has been read and checked, and how its tree will be born.
@@ -60,20 +76,39 @@ impl<'a> Planned<'a> {
 
     /// Makes all processes, as puppets, and builds everything in them.
     pub fn build(self, report: &mut Report) -> Result<Loaded, RestoreError> {
-        let mut nursery = report.phase("births", |_| births::give_birth(&self.tree, &self.plan))?;
+        let place = self.options.place.as_ref();
+        if place.is_none() && !self.tree.namespaces.own.is_empty() {
+            return Err(RestoreError::Unsupported {
+                what: format!("a tree with namespaces of its own ({})", self.tree.namespaces.own.join(", ")),
+                why: "only containers made by `limosa run` can have them yet".into(),
+            });
+        }
+        let mut nursery = report.phase("births", |_| births::give_birth(&self.tree, &self.plan, place))?;
         report.processes = self.tree.processes.len();
         report.descriptions = self.tree.descriptions.len();
         report.threads = self.tree.living().map(|(_, body)| body.threads.len()).sum();
         report.mappings = self.tree.living().map(|(_, body)| body.mappings.len()).sum();
-        let root = self.open_root()?;
-        let objects =
-            report.phase("objects", |_| descriptors::rebuild_all(&self.tree, self.checkpoint, root))?;
+        let objects = report.phase("objects", |_| -> Result<_, RestoreError> {
+            if place.is_some() {
+                self.tree.namespaces.rebuild(&mut nursery)?;
+            }
+            let root = self.open_root(&nursery)?;
+            // Sockets belong to the network namespace of the thread that makes them.
+            let network =
+                place.and_then(|place| place.namespaces.iter().find(|(kind, _)| *kind == Kind::Network));
+            let _inside = network.map(|(_, namespace)| InNetns::enter(namespace)).transpose()?;
+            descriptors::rebuild_all(&self.tree, self.checkpoint, root, &self.options.externals)
+        })?;
         build::build_all(&self.tree, self.checkpoint, &mut nursery, objects, report)?;
         Ok(Loaded { tree: self.tree, nursery })
     }
 
-    fn open_root(&self) -> Result<OwnedFd, RestoreError> {
-        let path = self.options.root.clone().unwrap_or_else(|| PathBuf::from("/"));
+    fn open_root(&self, nursery: &Nursery) -> Result<OwnedFd, RestoreError> {
+        let path = match (&self.options.root, &self.options.place) {
+            (Some(path), _) => path.clone(),
+            (None, Some(_)) => PathBuf::from(format!("/proc/{}/root", nursery.puppets[0].pid())),
+            (None, None) => PathBuf::from("/"),
+        };
         rustix::fs::open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .map_err(RestoreError::rebuild(path.display().to_string(), "open"))
     }

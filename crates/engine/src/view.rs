@@ -1,5 +1,7 @@
 //! What rooms get to see of frozen processes, threads and open file descriptions.
 
+use std::cell::OnceCell;
+use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 
 use limosa_kernel::proc::{FdInfo, Mapping, ProcDir, Stat, Status};
@@ -19,6 +21,8 @@ pub struct ProcessView<'a> {
     pub status: Status,
     /// Mappings, with the kernel's flags.
     pub mappings: Vec<Mapping>,
+    /// IDs of the mounts in its mount namespace, once somebody has asked.
+    pub mounts: OnceCell<HashSet<i32>>,
 }
 
 /// A stopped thread.
@@ -57,6 +61,16 @@ impl DescriptionView<'_> {
     /// The link as text, for messages.
     pub fn link_text(&self) -> String {
         String::from_utf8_lossy(&self.link).into_owned()
+    }
+
+    /// Whether the file is on a mount of the process's own mount namespace.
+    pub fn is_reachable(&self) -> Result<bool, crate::CaptureError> {
+        let Some(mount) = self.info.mnt_id else { return Ok(true) };
+        if let Some(mounts) = self.process.mounts.get() {
+            return Ok(mounts.contains(&mount));
+        }
+        let mounts: HashSet<i32> = self.process.proc.mountinfo()?.into_iter().map(|entry| entry.id).collect();
+        Ok(self.process.mounts.get_or_init(|| mounts).contains(&mount))
     }
 
     /// A refusal of this descriptor.

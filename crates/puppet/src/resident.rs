@@ -154,6 +154,11 @@ impl Resident {
         self.pid
     }
 
+    /// Its TID has become known: until then the caller gave that of another one that ends with it.
+    pub fn identify(&mut self, pid: i32) {
+        self.pid = pid;
+    }
+
     /// Gives it a program without waiting.
     pub fn start(&mut self, arena: &mut Arena, program: Program) -> Result<Running, ResidentError> {
         fault::point();

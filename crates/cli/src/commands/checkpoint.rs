@@ -86,7 +86,7 @@ impl Checkpoint {
         let root = self.target.root(context)?;
         let mut report = Report::default();
         let mut writer = CheckpointWriter::create(&self.out)?;
-        let captured = checkpoint::capture(root, &mut writer, &mut report)?;
+        let captured = checkpoint::capture(root, &mut writer, &checkpoint::Options::default(), &mut report)?;
         let meta = Meta::new(kernel_release(), Vec::new());
         // A source that goes on need not wait for the disk.
         let (committed, freeze_us) = if self.leave_running {

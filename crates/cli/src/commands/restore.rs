@@ -48,7 +48,7 @@ impl Restore {
     pub fn execute(self, context: &Context) -> Outcome {
         let mut report = Report::default();
         let checkpoint = report.phase("open", |_| Checkpoint::open(&self.dir))?;
-        let options = restore::Options { root: self.root };
+        let options = restore::Options { root: self.root, ..restore::Options::default() };
         let planned = report.phase("plan", |_| restore::Planned::new(&checkpoint, options))?;
         let loaded = planned.build(&mut report)?;
         if let Some(path) = &self.pidfile {

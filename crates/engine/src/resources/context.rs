@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 
 use limosa_image::{Checkpoint, Sink};
 use limosa_puppet::Program;
@@ -11,7 +12,6 @@ use rustix::fs::{Mode, OFlags, ResolveFlags};
 use super::shared_memory::SharedObjects;
 use crate::error::{CaptureError, RestoreError};
 use crate::memory::SpaceAllocator;
-use crate::view::DescriptionView;
 
 /// What is common to the captures of all descriptions of a tree.
 pub struct CaptureContext<'a> {
@@ -25,6 +25,8 @@ pub struct CaptureContext<'a> {
     pub descriptors: &'a HashMap<(i32, i32), usize>,
     /// The memory objects that mappings and memfds refer to.
     pub shared_objects: &'a mut SharedObjects,
+    /// Keys of files outside the tree's root, by device and inode.
+    pub externals: &'a HashMap<(u64, u64), String>,
     /// Rooms' notes, by object: what was captured already through another description.
     notes: HashMap<(&'static str, u64), usize>,
 }
@@ -36,8 +38,9 @@ impl<'a> CaptureContext<'a> {
         spaces: &'a mut SpaceAllocator,
         descriptors: &'a HashMap<(i32, i32), usize>,
         shared_objects: &'a mut SharedObjects,
+        externals: &'a HashMap<(u64, u64), String>,
     ) -> Self {
-        Self { sink, spaces, descriptors, shared_objects, notes: HashMap::new() }
+        Self { sink, spaces, descriptors, shared_objects, externals, notes: HashMap::new() }
     }
 
     /// Whether the object `id` of `kind` is seen for the first time: the one time its content is to be stored.
@@ -68,6 +71,8 @@ pub struct RebuildContext<'a> {
     pub checkpoint: &'a Checkpoint,
     /// Memory objects, by index.
     pub shared_objects: &'a [OwnedFd],
+    /// Files outside the tree's root, by key.
+    pub externals: &'a HashMap<String, PathBuf>,
     root: OwnedFd,
     shared: HashMap<(&'static str, u64), Box<dyn Any>>,
     completions: Vec<Completion>,
@@ -75,8 +80,13 @@ pub struct RebuildContext<'a> {
 
 impl<'a> RebuildContext<'a> {
     /// A context for one restore; paths are resolved below `root`.
-    pub fn new(checkpoint: &'a Checkpoint, root: OwnedFd, shared_objects: &'a [OwnedFd]) -> Self {
-        Self { checkpoint, shared_objects, root, shared: HashMap::new(), completions: Vec::new() }
+    pub fn new(
+        checkpoint: &'a Checkpoint,
+        root: OwnedFd,
+        shared_objects: &'a [OwnedFd],
+        externals: &'a HashMap<String, PathBuf>,
+    ) -> Self {
+        Self { checkpoint, shared_objects, externals, root, shared: HashMap::new(), completions: Vec::new() }
     }
 
     /// The root directory of the tree's mount namespace.
@@ -121,9 +131,4 @@ impl<'a> RebuildContext<'a> {
     pub(crate) fn take_completions(&mut self) -> Vec<Completion> {
         std::mem::take(&mut self.completions)
     }
-}
-
-/// Whether the view's link is `text` exactly.
-pub(crate) fn link_is(view: &DescriptionView, text: &str) -> bool {
-    view.link == text.as_bytes()
 }

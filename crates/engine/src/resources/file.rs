@@ -28,6 +28,8 @@ pub struct File {
     pub mode: u32,
     /// The content, if the file has been deleted: a blob's name.
     pub deleted: Option<Deleted>,
+    /// The key of a file outside the tree's root; restore is told where it is.
+    pub external: Option<String>,
 }
 
 /// A file without a name.
@@ -59,17 +61,23 @@ impl DescriptorKind for File {
     }
 
     fn capture(view: &DescriptionView, context: &mut CaptureContext) -> Result<Self, CaptureError> {
+        let external = context.externals.get(&(view.stat.st_dev, view.stat.st_ino)).cloned();
+        if external.is_none() && !view.is_reachable()? {
+            let remedy = "redirect it to a file of the container, or name it with --external";
+            return Err(view.refuse("the file is outside the tree's own mounts", remedy).into());
+        }
         let deleted = view.stat.st_nlink == 0;
         let path = if deleted { view.link.strip_suffix(DELETED).unwrap_or(&view.link) } else { &view.link };
         let deleted = if deleted { Some(capture_deleted(view, context)?) } else { None };
-        Ok(Self { path: path.to_vec().into(), position: view.info.pos, mode: view.stat.st_mode, deleted })
+        Ok(Self { path: path.to_vec().into(), position: view.info.pos, mode: view.stat.st_mode, deleted, external })
     }
 
     fn rebuild(&self, flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
         let flags = reopening_flags(flags);
-        let file = match &self.deleted {
-            Some(deleted) => deleted.rebuild(&self.path, self.mode, flags, context)?,
-            None => context.open(&self.path, flags, Mode::empty())?,
+        let file = match (&self.external, &self.deleted) {
+            (Some(key), _) => open_external(key, flags, context)?,
+            (None, Some(deleted)) => deleted.rebuild(&self.path, self.mode, flags, context)?,
+            (None, None) => context.open(&self.path, flags, Mode::empty())?,
         };
         let name = String::from_utf8_lossy(&self.path).into_owned();
         if !flags.contains(OFlags::PATH) {
@@ -91,6 +99,16 @@ fn reopening_flags(flags: u32) -> OFlags {
     let once = OFlags::CREATE | OFlags::EXCL | OFlags::TRUNC | OFlags::NOCTTY | OFlags::CLOEXEC;
     // openat2 takes only what it knows; the kernel shows O_LARGEFILE (0o100000), which 64-bit opens imply.
     (OFlags::from_bits_retain(flags & !0o100_000) - once) | OFlags::NOCTTY
+}
+
+fn open_external(key: &str, flags: OFlags, context: &RebuildContext) -> Result<OwnedFd, RestoreError> {
+    let file = |reason: String| RestoreError::File { path: format!("external file {key}"), reason };
+    let path = context
+        .externals
+        .get(key)
+        .ok_or_else(|| file(format!("restore was not told where it is; use --external {key}=PATH")))?;
+    rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|errno| file(format!("{}: {}", path.display(), std::io::Error::from(errno))))
 }
 
 fn capture_deleted(view: &DescriptionView, context: &mut CaptureContext) -> Result<Deleted, CaptureError> {

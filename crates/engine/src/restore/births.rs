@@ -3,10 +3,11 @@
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use limosa_kernel::proc::ProcDir;
 use limosa_puppet::{Arena, Birth, Program, Resident, Running};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use super::{ARENA_SIZE, Nursery};
+use super::{ARENA_SIZE, Nursery, Place};
 use crate::error::RestoreError;
 use crate::plan::{NodeId, Plan, Role, Step};
 use crate::resources::signal_handlers;
@@ -35,7 +36,7 @@ pub(crate) fn add_clone(program: &mut Program, birth: &Birth, flags: u64, exit_s
 }
 
 /// Makes all processes of the plan as puppets: seized or not, they die with their parents until they are started.
-pub(crate) fn give_birth(tree: &Tree, plan: &Plan) -> Result<Nursery, RestoreError> {
+pub(crate) fn give_birth(tree: &Tree, plan: &Plan, place: Option<&Place>) -> Result<Nursery, RestoreError> {
     let was_subreaper = rustix::process::child_subreaper().is_ok_and(|pid| pid.is_some());
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
         .map_err(RestoreError::rebuild("the tree", "prctl(PR_SET_CHILD_SUBREAPER)"))?;
@@ -50,8 +51,8 @@ pub(crate) fn give_birth(tree: &Tree, plan: &Plan) -> Result<Nursery, RestoreErr
         births.insert(node, Birth::new(&mut arena, program)?);
     }
     let mut midwife = Resident::bare_child(&mut arena)?;
-    let delivered =
-        deliver_root(&mut midwife, &mut arena, &births[&0], tree.processes[0].pid, &theirs, socket_number);
+    let bed = Bed { place, socket: &theirs, socket_number };
+    let delivered = deliver_root(&mut midwife, &mut arena, &births[&0], tree.processes[0].pid, &bed);
     let mut nursery = Nursery {
         arena,
         puppets: Vec::new(),
@@ -66,27 +67,52 @@ pub(crate) fn give_birth(tree: &Tree, plan: &Plan) -> Result<Nursery, RestoreErr
     // The midwife has done its work, whether or not the root could be born.
     limosa_kernel::task::signal_process(midwife.pid(), libc::SIGKILL)?;
     limosa_kernel::ptrace::wait(midwife.pid())?;
-    let running: Vec<(NodeId, Running)> = adopt(plan, births, delivered?, &mut nursery);
+    let running: Vec<(NodeId, Running)> = adopt(plan, births, delivered?, place.is_some(), &mut nursery);
     for (node, running) in running {
         let outcome = nursery.puppets[node].finish(&nursery.arena, running);
         if let Err(error) = outcome {
             return Err(explain(error, plan));
         }
     }
+    if place.is_some() {
+        identify(&mut nursery)?;
+    }
     Ok(nursery)
 }
 
-/// In the host's PID namespace every process has the PID that it is to have.
+/// Finds out which PID each puppet has here, by its PID in the tree's own namespace.
+fn identify(nursery: &mut Nursery) -> Result<(), RestoreError> {
+    let mut found = HashMap::new();
+    let mut unvisited = vec![nursery.puppets[0].pid()];
+    while let Some(pid) = unvisited.pop() {
+        let proc = ProcDir::open(pid)?;
+        if let Some(own) = proc.status()?.ns_pid.last() {
+            found.insert(*own, pid);
+        }
+        unvisited.extend(proc.children()?);
+    }
+    for (puppet, own) in nursery.puppets.iter_mut().zip(&nursery.own_pids) {
+        let pid = found.get(own).ok_or_else(|| {
+            RestoreError::inconsistent(format!("process {own} was not born below the root"))
+        })?;
+        puppet.identify(*pid);
+    }
+    Ok(())
+}
+
+/// In the host's PID namespace every process has the PID that it is to have; in one of the tree's own it is not
+/// known yet, and the root's stands for it: with the root, all end.
 fn adopt(
     plan: &Plan,
     mut births: HashMap<NodeId, Birth>,
     root: i32,
+    nested: bool,
     nursery: &mut Nursery,
 ) -> Vec<(NodeId, Running)> {
     let mut running = Vec::with_capacity(plan.nodes.len());
     for (node, planned) in plan.nodes.iter().enumerate() {
         if let Some(birth) = births.remove(&node) {
-            let (resident, program) = birth.born(if node == 0 { root } else { planned.pid });
+            let (resident, program) = birth.born(if node == 0 || nested { root } else { planned.pid });
             nursery.puppets.push(resident);
             running.push((node, program));
         }
@@ -182,20 +208,40 @@ fn first_program(tree: &Tree, plan: &Plan, node: NodeId, births: &HashMap<NodeId
     program
 }
 
+/// Where and with what the root is born.
+struct Bed<'a> {
+    place: Option<&'a Place>,
+    socket: &'a OwnedFd,
+    socket_number: i32,
+}
+
 /// Has the midwife give birth to the root, as a child of ours.
 fn deliver_root(
     midwife: &mut Resident,
     arena: &mut Arena,
     root: &Birth,
     pid: i32,
-    socket: &OwnedFd,
-    number: i32,
+    bed: &Bed,
 ) -> Result<i32, RestoreError> {
     let mut program = Program::new();
     signal_handlers::reset_all(&mut program);
+    let mut flags = CLONE_PARENT;
+    if let Some(place) = bed.place {
+        for procs in &place.cgroups {
+            let zero = program.bytes(b"0");
+            let arguments = [procs.as_raw_fd().into(), zero.into(), 1.into()];
+            program.call("join a control group", libc::SYS_write, arguments);
+        }
+        for (kind, namespace) in &place.namespaces {
+            let arguments = [namespace.as_raw_fd().into(), kind.clone_flag().into()];
+            program.call("enter a namespace", libc::SYS_setns, arguments);
+        }
+        flags |= libc::CLONE_NEWPID as u64;
+    }
     // Standard input, output and error are the controller's: nothing of it is to stay in the tree.
+    let number = bed.socket_number;
     let keep = number as u64;
-    program.call("take the socket", libc::SYS_dup3, [socket.as_raw_fd().into(), number.into(), 0.into()]);
+    program.call("take the socket", libc::SYS_dup3, [bed.socket.as_raw_fd().into(), number.into(), 0.into()]);
     program.call(
         "close the controller's descriptors",
         libc::SYS_close_range,
@@ -203,7 +249,7 @@ fn deliver_root(
     );
     let above = [(keep + 1).into(), u64::from(u32::MAX).into(), 0.into()];
     program.call("close the controller's descriptors", libc::SYS_close_range, above);
-    let arguments = clone_arguments(&mut program, CLONE_PARENT, 0, pid);
+    let arguments = clone_arguments(&mut program, flags, 0, pid);
     let call =
         program.clone3("make the root process", arguments, CLONE_ARGS_SIZE, root.mailbox(), root.program());
     match midwife.run(arena, program) {

@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use std::path::PathBuf;
+
 use limosa_image::Checkpoint;
 use limosa_puppet::{Data, Program};
 use rustix::fs::{Mode, OFlags};
@@ -35,6 +37,7 @@ pub(crate) fn rebuild_all(
     tree: &Tree,
     checkpoint: &Checkpoint,
     root: OwnedFd,
+    externals: &HashMap<String, PathBuf>,
 ) -> Result<Objects, RestoreError> {
     let shared: Vec<OwnedFd> =
         tree.shared_objects.iter().map(|object| object.rebuild(checkpoint)).collect::<Result<_, _>>()?;
@@ -43,7 +46,7 @@ pub(crate) fn rebuild_all(
         step: "dup",
         source,
     })?;
-    let mut context = RebuildContext::new(checkpoint, root, &shared);
+    let mut context = RebuildContext::new(checkpoint, root, &shared, externals);
     let mut descriptions = Vec::with_capacity(tree.descriptions.len());
     let mut completions = HashMap::new();
     for (index, description) in tree.descriptions.iter().enumerate() {

@@ -1,21 +1,45 @@
 //! Namespaces of a tree that are not the host's, and what is in them (namespaces(7)).
+//!
+//! The namespaces themselves are prepared by whoever restores (a container's shell) or made with the root process
+//! (PID). The rooms here carry what is in them: the first program of the root puppet puts it back.
+
+pub mod clocks;
+pub mod host_name;
+pub mod mounts;
 
 use limosa_kernel::proc::{NsKind, ProcDir};
+use limosa_puppet::Program;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{CaptureError, Refusal};
+use crate::error::{CaptureError, Refusal, RestoreError};
+use crate::restore::Nursery;
 use crate::view::ProcessView;
+
+/// What a namespace holds.
+pub trait Namespace: Sized {
+    /// Its content, seen from outside through the tree's root process.
+    fn capture(root: &ProcessView) -> Result<Self, CaptureError>;
+
+    /// Adds the calls by which the root puppet, which is in the namespace with all privileges, puts it back.
+    fn rebuild(&self, root: &ProcDir, program: &mut Program) -> Result<(), RestoreError>;
+}
 
 /// The namespaces that a tree has of its own.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct NamespaceState {
     /// Their kinds, by the names in `/proc/PID/ns`.
     pub own: Vec<String>,
+    /// Host and domain name.
+    pub host_name: Option<host_name::HostName>,
+    /// What the clocks showed.
+    pub clocks: Option<clocks::Clocks>,
+    /// Mounts.
+    pub mounts: Option<mounts::Mounts>,
 }
 
 impl NamespaceState {
-    /// What namespaces the tree with this root has of its own.
-    pub fn capture(root: &ProcessView) -> Result<Self, CaptureError> {
+    /// What namespaces the tree with this root has of its own. `supported` says that they can be prepared again.
+    pub fn capture(root: &ProcessView, supported: bool) -> Result<Self, CaptureError> {
         let host = ProcDir::open(std::process::id() as i32)?;
         let mut own = Vec::new();
         for kind in NsKind::ALL {
@@ -24,11 +48,37 @@ impl NamespaceState {
                 _ => {}
             }
         }
-        if let Some(kind) = own.first() {
-            let reason =
-                format!("it lives in a {kind} namespace of its own, which this version cannot carry");
-            return Err(Refusal::process(root.pid, reason, "checkpoint it from within its namespaces").into());
+        if own.is_empty() {
+            return Ok(Self::default());
         }
-        Ok(Self { own })
+        if !supported || own.iter().any(|kind| kind == "user") {
+            let reason = format!("it lives in namespaces of its own ({})", own.join(", "));
+            let remedy = "only containers made by `limosa run` can have them yet";
+            return Err(Refusal::process(root.pid, reason, remedy).into());
+        }
+        Ok(Self {
+            own,
+            host_name: Some(Namespace::capture(root)?),
+            clocks: Some(Namespace::capture(root)?),
+            mounts: Some(Namespace::capture(root)?),
+        })
+    }
+
+    /// Has the root puppet put everything back.
+    pub(crate) fn rebuild(&self, nursery: &mut Nursery) -> Result<(), RestoreError> {
+        let root = ProcDir::open(nursery.puppets[0].pid())?;
+        let mut program = Program::new();
+        if let Some(host_name) = &self.host_name {
+            host_name.rebuild(&root, &mut program)?;
+        }
+        if let Some(clocks) = &self.clocks {
+            clocks.rebuild(&root, &mut program)?;
+        }
+        if let Some(mounts) = &self.mounts {
+            mounts.rebuild(&root, &mut program)?;
+        }
+        let (puppet, arena) = nursery.puppet(0);
+        puppet.run(arena, program)?;
+        Ok(())
     }
 }
