@@ -47,8 +47,21 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(failure) => {
             // Standard error may be closed; there is nobody else to tell.
-            let _ = writeln!(std::io::stderr(), "limosa: {:#}", failure.error);
+            let _ = writeln!(std::io::stderr(), "limosa: {}", causes(&failure.error));
             ExitCode::from(failure.code)
         }
     }
+}
+
+/// An error with its causes, each once: some errors say their cause themselves.
+fn causes(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }

@@ -8,6 +8,7 @@ mod cgroup;
 mod config;
 mod exec;
 mod foreground;
+pub mod layer;
 mod link;
 mod logs;
 mod registry;

@@ -13,10 +13,12 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use limosa_kernel::namespace::{self, Kind};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
 use crate::config::{Config, Name};
+use crate::link::{self, LinkError};
 use crate::undo::Undo;
 
 /// Where the containers are kept unless said otherwise.
@@ -106,6 +108,24 @@ impl Record {
     /// The PID of its first process, if that runs.
     pub fn running(&self) -> Option<i32> {
         self.init.filter(Init::is_running).map(|init| init.pid)
+    }
+
+    /// Lets a container that was disconnected and the host's network reach each other again. The calling
+    /// thread must be in the network namespace that the container was started from.
+    pub fn connect(&self) -> Result<(), LinkError> {
+        self.host_link.as_deref().map_or(Ok(()), |name| link::set_up(name, true))
+    }
+
+    /// Cuts the container from the host's network; everything inside stays as it is. The calling thread must
+    /// be in the network namespace that the container was started from.
+    pub fn disconnect(&self) -> Result<(), LinkError> {
+        self.host_link.as_deref().map_or(Ok(()), |name| link::set_up(name, false))
+    }
+
+    /// Tells the link that the addresses of the container, which must run and be connected, are here.
+    pub fn announce(&self) -> Result<(), LinkError> {
+        let (Some(network), Some(pid)) = (&self.config.network, self.running()) else { return Ok(()) };
+        link::inside(namespace::of_process(pid, Kind::Network)?, || link::announce_all(network))
     }
 }
 

@@ -113,7 +113,7 @@ pub(crate) fn mount_all(lower: &Path, paths: &Paths) -> Result<(), RootError> {
         overlay = overlay.set(key, value)?;
     }
     // No options that put file handles or partial copies into the layer: it must mean the same elsewhere.
-    overlay = overlay.set("index", "off")?.set("metacopy", "off")?;
+    overlay = overlay.set("index", "off")?.set("metacopy", "off")?.set("redirect_dir", "on")?;
     let merged = paths.merged();
     overlay.mount(Attributes::empty())?.attach(&merged)?;
     mount::change_root(&merged)?;

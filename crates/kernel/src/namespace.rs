@@ -16,21 +16,21 @@ use crate::{Error, Result};
 /// A kind of namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Kind {
-    /// Control groups (cgroup_namespaces(7)).
+    /// Control groups (`cgroup_namespaces(7)`).
     Cgroup,
-    /// System V IPC and POSIX message queues (ipc_namespaces(7)).
+    /// System V IPC and POSIX message queues (`ipc_namespaces(7)`).
     Ipc,
-    /// Mounts (mount_namespaces(7)).
+    /// Mounts (`mount_namespaces(7)`).
     Mount,
-    /// Network (network_namespaces(7)).
+    /// Network (`network_namespaces(7)`).
     Network,
-    /// Process IDs (pid_namespaces(7)).
+    /// Process IDs (`pid_namespaces(7)`).
     Pid,
-    /// Clocks (time_namespaces(7)).
+    /// Clocks (`time_namespaces(7)`).
     Time,
-    /// Users (user_namespaces(7)).
+    /// Users (`user_namespaces(7)`).
     User,
-    /// Host name (uts_namespaces(7)).
+    /// Host name (`uts_namespaces(7)`).
     Uts,
 }
 
@@ -134,7 +134,7 @@ fn unshare_flags(flags: UnshareFlags, object: fmt::Arguments<'_>) -> Result<()> 
     unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(|errno| Error::new("unshare", object, errno))
 }
 
-/// What the clocks of a time namespace show beyond those of the host's (time_namespaces(7)).
+/// What the clocks of a time namespace show beyond those of the host's (`time_namespaces(7)`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TimeOffsets {
     /// Added to `CLOCK_MONOTONIC`: whole seconds, rounded down, and nanoseconds below 10⁹.

@@ -222,8 +222,8 @@ impl Held {
         match file.read(&mut bytes) {
             Ok(0) => Ok(None),
             Ok(length) if length == bytes.len() => {
-                let [a, b, c, d, e, f, g, h] = bytes;
-                Ok(Some([u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h])]))
+                let bytes = u64::from_ne_bytes(bytes);
+                Ok(Some([(bytes >> 32) as u32, bytes as u32]))
             }
             Ok(_) => Err(Error::malformed("read", object(), "a torn report")),
             Err(source) => Err(Error::new("read", object(), source)),
@@ -391,8 +391,8 @@ impl Child<'_> {
     }
 
     fn report(&self, report: Report) {
-        let [[a, b, c, d], [e, f, g, h]] = report.map(u32::to_ne_bytes);
-        let _ = rustix::io::write(self.report, &[a, b, c, d, e, f, g, h]);
+        let [step, errno] = report.map(u64::from);
+        let _ = rustix::io::write(self.report, &(step << 32 | errno).to_ne_bytes());
     }
 }
 
