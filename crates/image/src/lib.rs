@@ -23,6 +23,7 @@ mod blob;
 pub mod cbor;
 mod checkpoint;
 mod describe;
+mod durable;
 mod error;
 mod index;
 mod manifest;

@@ -17,6 +17,7 @@ use limosa_kernel::fault;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use crate::blob;
+use crate::durable::{Unsynced, sync, sync_all};
 use crate::error::{WriteError, random_bytes};
 use crate::index::SpaceId;
 use crate::manifest::{
@@ -136,11 +137,7 @@ impl CheckpointWriter {
         write(MANIFEST, &manifest_bytes)?;
         let wrote = Instant::now();
 
-        for (path, file) in &written {
-            sync(file, path)?;
-        }
-        self.sync_blobs(&manifest)?;
-        sync(&partial.directory, &self.path)?;
+        self.sync_content(&partial, &written, &manifest)?;
         partial.rename(&self.parent, &self.name, &self.path)?;
         sync(&self.parent, self.path.parent().unwrap_or(Path::new(".")))?;
         Ok(Committed {
@@ -153,17 +150,26 @@ impl CheckpointWriter {
         })
     }
 
-    fn sync_blobs(&self, manifest: &Manifest) -> Result<(), WriteError> {
-        let Some(directory) = &self.blob_directory else { return Ok(()) };
-        for (name, entry) in manifest.blobs() {
-            // Not kept open since it was written: there may be more blobs than descriptors.
-            let path = self.path.join(&entry.path);
-            let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-            let file = rustix::fs::openat(directory, name, flags, Mode::empty())
-                .map_err(|error| WriteError::io("openat", &path, 0, error))?;
-            sync(&file, &path)?;
+    /// Synchronizes everything in the hidden directory, and the directory itself.
+    fn sync_content(
+        &self,
+        partial: &Partial,
+        written: &[(PathBuf, File)],
+        manifest: &Manifest,
+    ) -> Result<(), WriteError> {
+        let mut files =
+            written.iter().map(|(path, file)| Unsynced::Open(file.as_fd(), path.clone())).collect::<Vec<_>>();
+        files.push(Unsynced::Open(partial.directory.as_fd(), self.path.clone()));
+        if let Some(directory) = &self.blob_directory {
+            files.push(Unsynced::Open(directory.as_fd(), self.path.join(BLOBS)));
+            let blobs = manifest.blobs();
+            files.extend(
+                blobs.map(|(name, entry)| {
+                    Unsynced::Below(directory.as_fd(), name, self.path.join(&entry.path))
+                }),
+            );
         }
-        sync(directory, &self.path.join(BLOBS))
+        sync_all(&files)
     }
 
     /// The directory of the blobs, made when it is first needed.
@@ -285,9 +291,4 @@ fn create_file(directory: &OwnedFd, name: &str, path: &Path) -> Result<File, Wri
     rustix::fs::openat(directory, name, flags, Mode::RUSR | Mode::WUSR)
         .map(File::from)
         .map_err(|error| WriteError::io("openat", path, 0, error))
-}
-
-fn sync(file: impl AsFd, path: &Path) -> Result<(), WriteError> {
-    fault::point();
-    rustix::fs::fsync(file).map_err(|error| WriteError::io("fsync", path, 0, error))
 }
