@@ -111,7 +111,37 @@ pub fn receive<D: Destination>(
     limits: &Limits,
     watch: Watch<'_>,
 ) -> Result<Received, ReceiveError> {
-    Greeted { link: session::greet(transport, limits)?, store, watch }.serve(destination)
+    receive_noting(transport, destination, store, limits, watch, &mut false)
+}
+
+/// As [`receive`]; notes in `ready` that `Ready` may have been said, so that the source may come to ask.
+pub(crate) fn receive_noting<D: Destination>(
+    transport: Transport,
+    destination: &mut D,
+    store: &Store,
+    limits: &Limits,
+    watch: Watch<'_>,
+    ready: &mut bool,
+) -> Result<Received, ReceiveError> {
+    Greeted { link: session::greet(transport, limits)?, store, watch }.serve(destination, ready)
+}
+
+/// Answers one question; whether the source has said that it recorded the answer.
+pub(crate) fn answer_only(
+    transport: Transport,
+    store: &Store,
+    limits: &Limits,
+) -> Result<bool, ReceiveError> {
+    let link = session::greet(transport, limits)?;
+    let frame = link.next("question", limits.answer).map_err(PeerError::from)?;
+    let ask: Ask = session::expect(&frame, Kind::Ask, "a question")?;
+    match store.answer(ask.id, |_| Err("only a new receiver can find that out".into())) {
+        Ok(answer) => send_answer(link, store, &ask, &answer),
+        Err(error) => {
+            fail(link, chain(&error));
+            Err(error.into())
+        }
+    }
 }
 
 /// A version is agreed on.
@@ -136,10 +166,15 @@ struct Built<'a, P> {
     claim: Claim,
     offer: Offer,
     prepared: P,
+    took: Duration,
 }
 
 impl<'a> Greeted<'a> {
-    fn serve<D: Destination>(mut self, destination: &mut D) -> Result<Received, ReceiveError> {
+    fn serve<D: Destination>(
+        mut self,
+        destination: &mut D,
+        ready: &mut bool,
+    ) -> Result<Received, ReceiveError> {
         tell(&mut self.watch, &self.link, Phase::Negotiating);
         let frame = self.link.next("offer", self.link.limits().answer).map_err(PeerError::from)?;
         if frame.kind == Kind::Ask {
@@ -148,7 +183,11 @@ impl<'a> Greeted<'a> {
         }
         let offer: Offer = session::expect(&frame, Kind::Offer, "an offer or a question")?;
         match self.accept(offer, destination)? {
-            Ok(receiving) => receiving.build(destination)?.take_over(destination),
+            Ok(receiving) => {
+                let built = receiving.build(destination)?;
+                *ready = true;
+                built.announce(destination)?.take_over(destination)
+            }
             Err(refused) => Ok(refused),
         }
     }
@@ -207,15 +246,7 @@ impl<'a> Receiving<'a> {
             Err(error) => return Err(self.give_up(destination, ReceiveError::Prepare(error.into()))),
         };
         let Self { link, watch, claim, offer } = self;
-        let built = Built { link, watch, claim, offer, prepared };
-        let ready = Ready { prepare_us: began.elapsed().as_micros() as u64 };
-        if let Err(error) = built.claim.advance(Arrival::Ready) {
-            return Err(built.give_up(destination, error.into()));
-        }
-        match session::send(&built.link, Kind::Ready, &ready) {
-            Ok(()) => Ok(built),
-            Err(error) => Err(built.give_up(destination, error.into())),
-        }
+        Ok(Built { link, watch, claim, offer, prepared, took: began.elapsed() })
     }
 
     /// Removes everything, records that nothing started, and tells the source if it still listens.
@@ -227,6 +258,17 @@ impl<'a> Receiving<'a> {
 }
 
 impl<P> Built<'_, P> {
+    /// Records that everything is built, and says so.
+    fn announce<D: Destination<Prepared = P>>(self, destination: &mut D) -> Result<Self, ReceiveError> {
+        if let Err(error) = self.claim.advance(Arrival::Ready) {
+            return Err(self.give_up(destination, error.into()));
+        }
+        match session::send(&self.link, Kind::Ready, &Ready { prepare_us: self.took.as_micros() as u64 }) {
+            Ok(()) => Ok(self),
+            Err(error) => Err(self.give_up(destination, error.into())),
+        }
+    }
+
     fn take_over<D: Destination<Prepared = P>>(
         mut self,
         destination: &mut D,
@@ -249,7 +291,7 @@ impl<P> Built<'_, P> {
         if let Err(error) = self.claim.advance(Arrival::Starting) {
             return Err(self.give_up(destination, error.into()));
         }
-        let Self { link, mut watch, claim, offer, prepared } = self;
+        let Self { link, mut watch, claim, offer, prepared, .. } = self;
         let report = match destination.start(prepared) {
             Ok(report) => report,
             Err(error) => {
@@ -306,16 +348,16 @@ fn fail(link: Link, reason: String) {
     }
 }
 
-/// Sends an answer; an outcome that the source then acknowledges need not be kept for ever.
-pub(crate) fn send_answer(link: Link, store: &Store, ask: &Ask, answer: &Answer) -> Result<(), ReceiveError> {
+/// Sends an answer. Whether the source has said that it recorded it; then it need not be kept for ever.
+fn send_answer(link: Link, store: &Store, ask: &Ask, answer: &Answer) -> Result<bool, ReceiveError> {
     session::send(&link, Kind::Answer, answer)?;
-    if !matches!(answer, Answer::Undecided { .. })
-        && link.next("`Done`", link.limits().answer).is_ok_and(|frame| frame.kind == Kind::Done)
-    {
+    let done = !matches!(answer, Answer::Undecided { .. })
+        && link.next("`Done`", link.limits().answer).is_ok_and(|frame| frame.kind == Kind::Done);
+    if done {
         store.acknowledge(ask.id)?;
     }
     link.farewell();
-    Ok(())
+    Ok(done)
 }
 
 fn tell(watch: &mut Watch<'_>, link: &Link, phase: Phase) {

@@ -26,31 +26,40 @@
 //! | [`outgoing`], [`incoming`] | the two sides, their phases as types |
 //! | [`outcome`], [`record`] | what is remembered, and asked for after a cut |
 
+mod address;
 mod content;
 pub mod frame;
 mod id;
 pub mod incoming;
 mod limits;
 mod link;
+mod listen;
 pub mod message;
 pub mod outcome;
 pub mod outgoing;
 mod progress;
 pub mod record;
 mod session;
+mod ssh;
+mod ticket;
+mod tls;
 mod totals;
 pub mod transport;
 pub mod version;
 
+pub use address::{Address, AddressError, ConnectError};
 pub use content::ContentError;
 pub use id::{IdError, MigrationId};
 pub use incoming::{Destination, ReceiveError, Received, receive};
 pub use limits::Limits;
 pub use link::LinkError;
+pub use listen::{ListenError, ListenOptions, Listener};
 pub use message::{Layer, Offer, Refusal, StartReport};
 pub use outcome::{Connect, Outcome, Purpose, SettleError, settle};
 pub use outgoing::{FinishError, HandOverError, NegotiateError, Outgoing};
 pub use progress::{Counters, Phase, Progress, Watch, unwatched};
 pub use record::{Remains, Store};
 pub use session::PeerError;
+pub use ssh::{REMOTE_VARIABLE, SSH_VARIABLE};
+pub use ticket::{Ticket, TicketError};
 pub use transport::Transport;

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use crate::frame::{self, Frame, FrameError, Header, Kind};
 use crate::limits::Limits;
 use crate::progress::Counters;
-use crate::transport::{Receive, Stop, Transmit, Transport};
+use crate::transport::{Carrier, Receive, Stop, Transmit, Transport};
 
 /// Frames read ahead of the owner; each may hold a mebibyte.
 const AHEAD: usize = 16;
@@ -101,13 +101,14 @@ pub(crate) struct Link {
     limits: Limits,
     began: Instant,
     name: String,
-    _keep: Option<Box<dyn Send>>,
+    /// Dropped after both halves are closed, which is how it knows that it is over.
+    carrier: Option<Box<dyn Carrier>>,
 }
 
 impl Link {
     /// Begins to read. Nothing is sent before [`Link::send`], no heartbeat before [`Link::start_pulse`].
     pub(crate) fn new(transport: Transport, limits: &Limits) -> Self {
-        let Transport { receive, transmit, stop, name, keep } = transport;
+        let Transport { receive, transmit, stop, name, carrier } = transport;
         let counts = Arc::new(Counts::default());
         let began = Instant::now();
         let pulse: Shared<Pulse> = Arc::default();
@@ -143,13 +144,18 @@ impl Link {
             limits: limits.clone(),
             began,
             name,
-            _keep: keep,
+            carrier,
         }
     }
 
     /// What the connection is, for messages.
     pub(crate) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What the program that carries the connection says about its failure.
+    pub(crate) fn carrier_said(&self) -> Option<String> {
+        self.carrier.as_ref()?.said()
     }
 
     /// The bounds it was made with.

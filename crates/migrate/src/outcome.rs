@@ -19,6 +19,19 @@ pub enum Purpose {
     Ask,
 }
 
+impl Purpose {
+    pub(crate) fn to_wire(self) -> u8 {
+        match self {
+            Self::Migrate => 1,
+            Self::Ask => 2,
+        }
+    }
+
+    pub(crate) fn from_wire(number: u8) -> Option<Self> {
+        [Self::Migrate, Self::Ask].into_iter().find(|purpose| purpose.to_wire() == number)
+    }
+}
+
 /// A way to the destination, that can be gone again after a cut.
 pub trait Connect {
     /// What can go wrong.

@@ -16,6 +16,15 @@ pub enum PeerError {
     /// The connection.
     #[error(transparent)]
     Link(#[from] LinkError),
+    /// The program that carries the connection ended it, and said why.
+    #[error("the destination was not reached: {said}")]
+    Carrier {
+        /// What it said, on standard error.
+        said: String,
+        /// How the connection ended.
+        #[source]
+        source: LinkError,
+    },
     /// A message that cannot be read, or not be written.
     #[error(transparent)]
     Message(#[from] MessageError),
@@ -67,7 +76,12 @@ pub(crate) fn greet_as(transport: Transport, limits: &Limits, ours: VersionRange
     // What the other side says first tells more than a failure to send to it.
     let frame = match (link.next("greeting", limits.hello), sent) {
         (Ok(frame), Ok(())) => frame,
-        (Err(error), _) | (_, Err(error)) => return Err(error.into()),
+        (Err(error), _) | (_, Err(error)) => {
+            return Err(match link.carrier_said() {
+                Some(said) => PeerError::Carrier { said, source: error },
+                None => error.into(),
+            });
+        }
     };
     let theirs: Hello = expect(&frame, Kind::Hello, "a greeting")?;
     let Some(version) = ours.common(theirs.versions) else {

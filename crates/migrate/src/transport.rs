@@ -84,8 +84,14 @@ pub struct Transport {
     pub stop: Stop,
     /// What it is, for messages: `ssh to root@b`, `192.0.2.7:4000`.
     pub name: String,
-    /// What must live, and be cleaned up after, as long as the connection: a child process.
-    pub(crate) keep: Option<Box<dyn Send>>,
+    /// The program that carries the connection, if one does.
+    pub(crate) carrier: Option<Box<dyn Carrier>>,
+}
+
+/// A program that carries a connection: it lives as long as the connection, and ends with it.
+pub(crate) trait Carrier: Send {
+    /// What it says about a connection that failed, if it says anything.
+    fn said(&self) -> Option<String>;
 }
 
 impl std::fmt::Debug for Transport {
@@ -108,7 +114,7 @@ impl Transport {
             transmit: Box::new(transmit),
             stop,
             name: name.into(),
-            keep: None,
+            carrier: None,
         })
     }
 
@@ -139,7 +145,6 @@ impl Transport {
     }
 
     /// The halves of a connected TCP socket, for TLS to wrap.
-    #[allow(dead_code, reason = "TLS lands next")]
     pub(crate) fn tcp_halves(socket: TcpStream, stop: &Stop) -> io::Result<(FdReceive, FdTransmit)> {
         socket.set_nodelay(true)?;
         let twin = socket.try_clone()?;

@@ -1,6 +1,8 @@
 //! A world of two hosts and one container: counts who runs it.
 #![allow(dead_code, reason = "each test uses a part")]
 
+pub mod proxy;
+
 use std::collections::BTreeMap;
 use std::io::{self, Cursor, Read};
 use std::os::unix::net::UnixStream;
