@@ -20,6 +20,7 @@ macro_rules! targets {
 }
 
 targets! {
+    creds: "creds";
     events: "events";
     files: "files";
     heartbeat: "heartbeat";
@@ -27,11 +28,16 @@ targets! {
     memory_advice: "memory-advice";
     memory_file: "memory-file";
     memory_shared: "memory-shared";
+    misc: "misc";
     pipes: "pipes";
     registers: "registers";
+    seccomp: "seccomp";
     signals: "signals";
     sleeps: "sleeps";
     sleeps_that_stopping_interrupts: "sleeps" "epoll_wait" "sigtimedwait" "recv-timeout";
+    sockets_inet: "sockets-inet";
+    sockets_unix: "sockets-unix";
+    terminal: "terminal";
     threads: "threads";
     timers: "timers";
     tree: "tree";

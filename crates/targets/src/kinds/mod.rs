@@ -1,5 +1,6 @@
 //! One module for each kind of state that a target can hold.
 
+mod creds;
 mod events;
 mod files;
 mod heartbeat;
@@ -7,10 +8,14 @@ mod memory;
 mod memory_advice;
 mod memory_file;
 mod memory_shared;
+mod misc;
 mod pipes;
 mod registers;
+mod seccomp;
 mod signals;
 mod sleeps;
+mod sockets_inet;
+mod sockets_unix;
 mod terminal;
 mod threads;
 mod timers;
@@ -35,6 +40,7 @@ pub struct Setting {
 }
 
 const KINDS: &[(&str, SetUp)] = &[
+    ("creds", creds::set_up),
     ("events", events::set_up),
     ("files", files::set_up),
     ("heartbeat", heartbeat::set_up),
@@ -42,10 +48,14 @@ const KINDS: &[(&str, SetUp)] = &[
     ("memory-advice", memory_advice::set_up),
     ("memory-file", memory_file::set_up),
     ("memory-shared", memory_shared::set_up),
+    ("misc", misc::set_up),
     ("pipes", pipes::set_up),
     ("registers", registers::set_up),
+    ("seccomp", seccomp::set_up),
     ("signals", signals::set_up),
     ("sleeps", sleeps::set_up),
+    ("sockets-inet", sockets_inet::set_up),
+    ("sockets-unix", sockets_unix::set_up),
     ("terminal", terminal::set_up),
     ("threads", threads::set_up),
     ("timers", timers::set_up),
