@@ -34,61 +34,28 @@ struct Hierarchy {
 }
 
 impl Cgroup {
-    /// Makes the groups of a new container, with a limit of `memory` bytes. On failure none is left.
-    pub fn create(name: &Name, memory: Option<u64>) -> Result<Self, CgroupError> {
+    /// Makes the groups of a new container, with a limit of `memory` bytes. `announce` is told which they will
+    /// be before the first of them is made. On failure none is left.
+    pub fn create<E: From<CgroupError>>(
+        name: &Name,
+        memory: Option<u64>,
+        announce: impl FnOnce(&Self) -> Result<(), E>,
+    ) -> Result<Self, E> {
         let hierarchies = hierarchies()?;
         if memory.is_some() && !hierarchies.iter().any(|hierarchy| hierarchy.memory) {
-            return Err(CgroupError::NoMemoryController);
+            return Err(CgroupError::NoMemoryController.into());
         }
-        let group = format!("{name}-{}", crate::random_hex(4));
-        let mut cgroup = Self::default();
-        for hierarchy in &hierarchies {
-            if let Err(error) = cgroup.create_in(hierarchy, &group, memory) {
+        let group = Path::new(PARENT).join(format!("{name}-{}", crate::random_hex(4)));
+        let directories = hierarchies.iter().map(|hierarchy| hierarchy.mount_point.join(&group)).collect();
+        let cgroup = Self { directories };
+        announce(&cgroup)?;
+        for (hierarchy, directory) in hierarchies.iter().zip(&cgroup.directories) {
+            if let Err(error) = create_in(hierarchy, directory, memory) {
                 let _ = cgroup.remove();
-                return Err(error);
+                return Err(error.into());
             }
         }
         Ok(cgroup)
-    }
-
-    fn create_in(
-        &mut self,
-        hierarchy: &Hierarchy,
-        group: &str,
-        memory: Option<u64>,
-    ) -> Result<(), CgroupError> {
-        let parent = hierarchy.mount_point.join(PARENT);
-        let directory = parent.join(group);
-        // The parent goes away with its last child, perhaps just now with another container's.
-        let mut made = Err(io::ErrorKind::NotFound.into());
-        for _ in 0..16 {
-            match fs::create_dir(&parent) {
-                Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
-                    return Err(CgroupError::io("make", &parent, source));
-                }
-                _ => {}
-            }
-            if hierarchy.unified && (hierarchy.memory || hierarchy.pids) {
-                for level in [&hierarchy.mount_point, &parent] {
-                    delegate(level, hierarchy, memory.is_some())?;
-                }
-            }
-            made = fs::create_dir(&directory);
-            if !matches!(&made, Err(source) if source.kind() == io::ErrorKind::NotFound) {
-                break;
-            }
-        }
-        made.map_err(|source| CgroupError::io("make", &directory, source))?;
-        self.directories.push(directory.clone());
-        if let (Some(memory), true) = (memory, hierarchy.memory) {
-            let file = directory.join(if hierarchy.unified { "memory.max" } else { "memory.limit_in_bytes" });
-            fs::write(&file, memory.to_string()).map_err(|source| CgroupError::Limit {
-                file,
-                value: memory,
-                source,
-            })?;
-        }
-        Ok(())
     }
 
     /// The `cgroup.procs` of each group, open for writing: what a process needs to join.
@@ -135,6 +102,40 @@ impl Cgroup {
         }
         Ok(())
     }
+}
+
+/// Makes one group.
+fn create_in(hierarchy: &Hierarchy, directory: &Path, memory: Option<u64>) -> Result<(), CgroupError> {
+    let parent = hierarchy.mount_point.join(PARENT);
+    // The parent goes away with its last child, perhaps just now with another container's.
+    let mut made = Err(io::ErrorKind::NotFound.into());
+    for _ in 0..16 {
+        match fs::create_dir(&parent) {
+            Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(CgroupError::io("make", &parent, source));
+            }
+            _ => {}
+        }
+        if hierarchy.unified && (hierarchy.memory || hierarchy.pids) {
+            for level in [&hierarchy.mount_point, &parent] {
+                delegate(level, hierarchy, memory.is_some())?;
+            }
+        }
+        made = fs::create_dir(directory);
+        if !matches!(&made, Err(source) if source.kind() == io::ErrorKind::NotFound) {
+            break;
+        }
+    }
+    made.map_err(|source| CgroupError::io("make", directory, source))?;
+    if let (Some(memory), true) = (memory, hierarchy.memory) {
+        let file = directory.join(if hierarchy.unified { "memory.max" } else { "memory.limit_in_bytes" });
+        fs::write(&file, memory.to_string()).map_err(|source| CgroupError::Limit {
+            file,
+            value: memory,
+            source,
+        })?;
+    }
+    Ok(())
 }
 
 /// Lets the groups below `level` have the controllers. Only a limit that was asked for makes this a must.

@@ -26,7 +26,7 @@ pub use exec::{ExecError, exec};
 pub use foreground::{run_in_foreground, run_on_terminal};
 pub use link::{INTERFACE, LinkError};
 pub use logs::{LogsError, copy_log};
-pub use registry::{DEFAULT_STATE_DIR, Init, Paths, Record, Registry, RegistryError, Reservation};
+pub use registry::{DEFAULT_STATE_DIR, Init, Listed, Paths, Record, Registry, RegistryError, Reservation};
 pub use root::RootError;
 pub use run::{LOG_KEY, RunError, Started, Streams, run, start};
 pub use shell::{Shell, ShellError, ShellOptions};

@@ -1,12 +1,16 @@
 //! The containers of one host: a directory each, in the state directory.
 //!
 //! ```text
+//! STATE/containers/.lock   held (flock(2)) while a name is taken, and while leftovers are removed
 //! STATE/containers/NAME/   mode 0700
 //!     config.json          Record, replaced by rename
+//!     lock                 held by whoever is making the container
+//!     cgroup.json          its control groups, from before they exist until the record names them
 //!     upper/  work/        the writable layer of the overlay, and overlayfs's workshop
 //!     merged/              where the root is mounted, in the container's mount namespace only
 //!     log                  standard output and error
 //! ```
+//! A directory without record whose lock nobody holds is what a killed Limosa left: [`Registry::sweep`].
 
 use std::fs;
 use std::io::{self, Write};
@@ -14,6 +18,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use limosa_kernel::namespace::{self, Kind};
+use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
@@ -29,6 +34,9 @@ const VERSION: u32 = 1;
 
 /// The largest `config.json` that is read, bytes.
 const MAX_RECORD: u64 = 4 << 20;
+
+/// A container of a list: its name, and its record if that can be read.
+pub type Listed = (Name, Result<Record, RegistryError>);
 
 /// The containers below one state directory.
 #[derive(Clone, Debug)]
@@ -57,6 +65,16 @@ impl Paths {
     /// The record.
     pub fn config(&self) -> PathBuf {
         self.directory.join("config.json")
+    }
+
+    /// Held by whoever is making the container.
+    pub(crate) fn lock(&self) -> PathBuf {
+        self.directory.join("lock")
+    }
+
+    /// The control groups of a container that is being made.
+    pub(crate) fn cgroup(&self) -> PathBuf {
+        self.directory.join("cgroup.json")
     }
 
     /// The writable layer.
@@ -140,8 +158,9 @@ pub struct Init {
 
 impl Init {
     /// The process that has this PID now.
-    pub fn of(pid: i32) -> io::Result<Self> {
-        let (start_time, _) = start_time_and_state(pid)?;
+    pub fn of(pid: i32) -> Result<Self, RegistryError> {
+        let (start_time, _) =
+            start_time_and_state(pid).map_err(|source| RegistryError::Vanished { pid, source })?;
         Ok(Self { pid, start_time })
     }
 
@@ -183,27 +202,31 @@ impl Registry {
     pub fn reserve(&self, name: &Name) -> Result<Reservation, RegistryError> {
         let paths = self.paths(name);
         let containers = self.state_dir.join("containers");
-        let made = make_directories(&containers)?;
-        let mut undo = Undo::default();
-        undo.add(move || {
-            for directory in made {
-                let _ = fs::remove_dir(directory);
-            }
-        });
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&containers)
+            .map_err(|source| RegistryError::io("make", &containers, source))?;
+        let _guard = self.guard()?;
+        self.sweep_guarded()?;
         match fs::DirBuilder::new().mode(0o700).create(paths.directory()) {
             Err(source) if source.kind() == io::ErrorKind::AlreadyExists => {
                 return Err(RegistryError::Exists { name: name.clone() });
             }
             result => result.map_err(|source| RegistryError::io("make", paths.directory(), source))?,
         }
+        let mut undo = Undo::default();
         let directory = paths.directory().to_owned();
         undo.add(move || {
             let _ = fs::remove_dir_all(directory);
         });
+        let lock =
+            lock_file(&paths.lock()).map_err(|source| RegistryError::io("open", &paths.lock(), source))?;
+        try_lock(&lock);
         for directory in [paths.upper(), paths.work(), paths.merged()] {
             fs::create_dir(&directory).map_err(|source| RegistryError::io("make", &directory, source))?;
         }
-        Ok(Reservation { paths: paths.clone(), undo })
+        Ok(Reservation { paths, undo, _lock: lock })
     }
 
     /// What is known about a container.
@@ -237,22 +260,72 @@ impl Registry {
         write().map_err(|source| RegistryError::io("write", &path, source))
     }
 
-    /// All containers, by name. One whose record cannot be read is an error in the list, not of it.
-    pub fn list(&self) -> Result<Vec<(Name, Result<Record, RegistryError>)>, RegistryError> {
+    /// All containers, by name. One whose record cannot be read is an error in the list, not of it; one that
+    /// is being made is not in it yet.
+    pub fn list(&self) -> Result<Vec<Listed>, RegistryError> {
+        let mut list = Vec::new();
+        for name in self.names()? {
+            match self.load(&name) {
+                Err(RegistryError::Unknown { .. }) => {}
+                record => list.push((name, record)),
+            }
+        }
+        list.sort_by(|one, other| one.0.cmp(&other.0));
+        Ok(list)
+    }
+
+    fn names(&self) -> Result<Vec<Name>, RegistryError> {
         let containers = self.state_dir.join("containers");
         let entries = match fs::read_dir(&containers) {
             Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             result => result.map_err(|source| RegistryError::io("list", &containers, source))?,
         };
-        let mut list: Vec<_> = entries
-            .filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse::<Name>().ok())
-            .map(|name| {
-                let record = self.load(&name);
-                (name, record)
-            })
-            .collect();
-        list.sort_by(|one, other| one.0.cmp(&other.0));
-        Ok(list)
+        Ok(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse().ok()).collect())
+    }
+
+    /// Removes what a killed Limosa left of containers that it was making: their names are free again.
+    pub fn sweep(&self) -> Result<(), RegistryError> {
+        if !self.state_dir.join("containers").exists() {
+            return Ok(());
+        }
+        let _guard = self.guard()?;
+        self.sweep_guarded()
+    }
+
+    fn sweep_guarded(&self) -> Result<(), RegistryError> {
+        for name in self.names()? {
+            let paths = self.paths(&name);
+            if paths.config().exists() {
+                continue;
+            }
+            let lock = lock_file(&paths.lock())
+                .map_err(|source| RegistryError::io("open", &paths.lock(), source))?;
+            if !try_lock(&lock) {
+                continue;
+            }
+            tracing::info!(%name, "removing what was left of a container that was never finished");
+            let groups = read_limited(&paths.cgroup()).ok();
+            if let Some(cgroup) = groups.and_then(|text| serde_json::from_slice::<Cgroup>(&text).ok())
+                && let Err(error) = cgroup.remove()
+            {
+                tracing::warn!(%error, %name, "a control group of a container that was never finished is left");
+                continue;
+            }
+            fs::remove_dir_all(paths.directory())
+                .map_err(|source| RegistryError::io("remove", paths.directory(), source))?;
+        }
+        Ok(())
+    }
+
+    /// Waits for, and holds, the lock on all names.
+    fn guard(&self) -> Result<fs::File, RegistryError> {
+        let path = self.state_dir.join("containers/.lock");
+        let open = || {
+            let file = lock_file(&path)?;
+            rustix::fs::flock(&file, FlockOperation::LockExclusive)?;
+            Ok(file)
+        };
+        open().map_err(|source| RegistryError::io("lock", &path, source))
     }
 
     /// Removes the directory of a container, with its writable layer and its log. It must not run.
@@ -272,6 +345,8 @@ impl Registry {
 pub struct Reservation {
     paths: Paths,
     undo: Undo,
+    /// Shows others that somebody is still at it.
+    _lock: fs::File,
 }
 
 impl Reservation {
@@ -286,16 +361,13 @@ impl Reservation {
     }
 }
 
-/// Makes `path` and its parents, and returns those that it made, the innermost first.
-fn make_directories(path: &Path) -> Result<Vec<PathBuf>, RegistryError> {
-    let missing: Vec<PathBuf> =
-        path.ancestors().take_while(|ancestor| !ancestor.exists()).map(Path::to_owned).collect();
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(|source| RegistryError::io("make", path, source))?;
-    Ok(missing)
+fn lock_file(path: &Path) -> io::Result<fs::File> {
+    fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)
+}
+
+/// Whether the lock is ours now.
+fn try_lock(file: &fs::File) -> bool {
+    rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).is_ok()
 }
 
 fn read_limited(path: &Path) -> io::Result<Vec<u8>> {
@@ -338,6 +410,15 @@ pub enum RegistryError {
         path: PathBuf,
         /// Its version.
         version: u32,
+    },
+    /// A container's first process ended before it could be recorded.
+    #[error("the container's first process {pid} ended before it could be recorded")]
+    Vanished {
+        /// Its PID.
+        pid: i32,
+        /// What was seen.
+        #[source]
+        source: io::Error,
     },
     /// A file operation failed.
     #[error("cannot {operation} {}", path.display())]

@@ -35,11 +35,13 @@ const LINKS: [(&str, &str); 5] = [
     ("stderr", "/proc/self/fd/2"),
 ];
 
-/// Prepares the writable layer: gives it the owner and mode of the read-only layer's directory, and hides
+/// Prepares the writable layer: gives it, if it is new, the owner and mode of the read-only layer's directory, and hides
 /// the state directory, where other containers' files are, if it lies in the read-only layer.
-pub(crate) fn prepare_layer(lower: &Path, paths: &Paths) -> Result<(), RootError> {
+pub(crate) fn prepare_layer(lower: &Path, paths: &Paths, new: bool) -> Result<(), RootError> {
     let upper = paths.upper();
-    copy_attributes(lower, &upper).map_err(|source| RootError::io("prepare", &upper, source))?;
+    if new {
+        copy_attributes(lower, &upper).map_err(|source| RootError::io("prepare", &upper, source))?;
+    }
     // A state directory on a filesystem of its own does not show in the overlay.
     let hidden = || {
         let (lower, state) = (fs::canonicalize(lower)?, fs::canonicalize(paths.state_dir())?);

@@ -61,9 +61,7 @@ pub(crate) fn record_and_release(
     shell: &Shell,
     held: Held,
 ) -> Result<Started, RunError> {
-    let init = Init::of(held.pid()).map_err(|source| RunError::Vanished { pid: held.pid(), source })?;
-    let host_link = shell.host_link().map(str::to_owned);
-    let record = Record::new(shell.config().clone(), Some(init), shell.cgroup().clone(), host_link);
+    let record = shell.record(Some(Init::of(held.pid())?));
     registry.save(&record)?;
     let process = held.release().map_err(|source| command_error(shell.config(), source))?;
     Ok(Started { process, record })
@@ -139,15 +137,6 @@ pub enum RunError {
         /// The step that failed.
         #[source]
         source: limosa_kernel::Error,
-    },
-    /// Its first process was killed before it began.
-    #[error("the container's first process {pid} was killed before it began")]
-    Vanished {
-        /// Its PID.
-        pid: i32,
-        /// What was seen.
-        #[source]
-        source: io::Error,
     },
     /// The container runs, but could not be waited for.
     #[error("cannot wait for the container's end; it goes on")]

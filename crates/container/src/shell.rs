@@ -12,7 +12,7 @@ use limosa_kernel::spawn::{Spawn, Step};
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::config::Config;
 use crate::link::{self, LinkError};
-use crate::registry::Paths;
+use crate::registry::{Init, Paths, Record, Registry, RegistryError, Reservation};
 use crate::root::{self, RootError};
 use crate::undo::Undo;
 
@@ -26,6 +26,9 @@ pub struct ShellOptions {
     /// Whether the host's end of the veth pair goes up at once. If not, nothing reaches the container, nor
     /// does it reach anything, until [`Shell::connect`]: source and destination of a migration never both answer.
     pub connect: bool,
+    /// Whether the writable layer is new: its root then gets owner and mode of the read-only layer's. One that
+    /// was extracted has them.
+    pub new_layer: bool,
     /// The hardware address of `eth0`; chosen by the kernel if `None`.
     pub mac: Option<[u8; 6]>,
 }
@@ -33,7 +36,13 @@ pub struct ShellOptions {
 impl Default for ShellOptions {
     /// For a new container: connected, configured, with the host's clocks.
     fn default() -> Self {
-        Self { time_offsets: TimeOffsets::default(), configure_network: true, connect: true, mac: None }
+        Self {
+            time_offsets: TimeOffsets::default(),
+            configure_network: true,
+            connect: true,
+            new_layer: true,
+            mac: None,
+        }
     }
 }
 
@@ -58,12 +67,12 @@ impl Shell {
         if !config.rootfs.is_dir() {
             return Err(ShellError::NoRoot { path: config.rootfs.clone() });
         }
-        root::prepare_layer(&config.rootfs, paths)?;
+        root::prepare_layer(&config.rootfs, paths, options.new_layer)?;
         let mut shell = Self {
             config: config.clone(),
             namespaces: Vec::new(),
             host_network: namespace::of_thread(Kind::Network)?,
-            cgroup: Cgroup::create(&config.name, config.memory)?,
+            cgroup: Cgroup::create(&config.name, config.memory, |cgroup| write_down(cgroup, paths))?,
             host_link: None,
             undo: Undo::default(),
         };
@@ -160,10 +169,38 @@ impl Shell {
         Ok(link::inside(self.namespace(Kind::Network)?, || link::announce_all(network))?)
     }
 
+    /// Records the container, whose first process is `init` (a PID in the caller's PID namespace), and keeps
+    /// everything: from now on `limosa ps`, `stop` and the like know it.
+    pub fn register(
+        self,
+        registry: &Registry,
+        reservation: Reservation,
+        init: i32,
+    ) -> Result<Record, RegistryError> {
+        let init = Init::of(init)?;
+        let record = self.record(Some(init));
+        registry.save(&record)?;
+        self.keep();
+        reservation.keep();
+        Ok(record)
+    }
+
+    /// The record of the container.
+    pub(crate) fn record(&self, init: Option<Init>) -> Record {
+        Record::new(self.config.clone(), init, self.cgroup.clone(), self.host_link.clone())
+    }
+
     /// Keeps everything: from now on it belongs to the processes in it, and to the container's record.
     pub fn keep(mut self) {
         self.undo.release();
     }
+}
+
+/// Writes down which control groups will be made, for [`Registry::sweep`] after a kill.
+fn write_down(cgroup: &Cgroup, paths: &Paths) -> Result<(), ShellError> {
+    let path = paths.cgroup();
+    let write = || std::fs::write(&path, serde_json::to_vec(cgroup)?);
+    write().map_err(|source| RootError::Io { operation: "write", path: path.clone(), source }.into())
 }
 
 /// A cgroup namespace whose root is the container's groups: it is made by a process in them.

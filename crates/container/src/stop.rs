@@ -39,7 +39,6 @@ pub fn remove(registry: &Registry, name: &Name, force: bool) -> Result<(), StopE
         }
         Err(RegistryError::Malformed { .. } | RegistryError::Version { .. } | RegistryError::Io { .. })
             if force => {}
-        Err(RegistryError::Unknown { .. }) if force && registry.paths(name).directory().exists() => {}
         Err(error) => return Err(error.into()),
     }
     Ok(registry.remove(name)?)

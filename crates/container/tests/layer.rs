@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
+use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{Cursor, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown, symlink};
@@ -50,9 +51,9 @@ fn describe(root: &Path) -> BTreeMap<PathBuf, String> {
             pending.extend(entries.map(|entry| entry.expect("an entry").path()));
             pending.sort_by(|one, other| other.cmp(one));
         } else if metadata.is_file() {
-            text += &format!(" content {}", blake3::hash(&fs::read(&path).expect("content")));
+            let _ = write!(text, " content {}", blake3::hash(&fs::read(&path).expect("content")));
         } else if metadata.is_symlink() {
-            text += &format!(" to {:?}", fs::read_link(&path).expect("a target"));
+            let _ = write!(text, " to {}", fs::read_link(&path).expect("a target").display());
         }
         let mut names = vec![0_u8; 4096];
         let length = rustix::fs::llistxattr(&path, &mut names[..]).unwrap_or(0);
@@ -64,7 +65,7 @@ fn describe(root: &Path) -> BTreeMap<PathBuf, String> {
             attributes.push((name, value[..length].to_owned()));
         }
         attributes.sort();
-        text += &format!(" attributes {attributes:?}");
+        let _ = write!(text, " attributes {attributes:?}");
         all.insert(path.strip_prefix(root).expect("below").to_owned(), text);
     }
     all
@@ -161,7 +162,7 @@ fn forge(entries: &[(EntryType, &str, &str)]) -> Vec<u8> {
         raw.linkname[..target.len()].copy_from_slice(target.as_bytes());
         header.set_cksum();
         if *kind == EntryType::Symlink {
-            let target: String = target.bytes().map(|byte| format!("{byte:02x}")).collect();
+            let target = target.bytes().fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
             builder.append_pax_extensions([("LIMOSA.link", target.as_bytes())]).expect("a record");
         }
         builder.append(&header, std::io::empty()).expect("an entry");

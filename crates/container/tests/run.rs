@@ -197,10 +197,11 @@ fn redis_answers_over_the_bridge_and_stops_when_asked() {
 
 #[test]
 fn a_run_that_fails_leaves_nothing() {
+    type Case = (Config, fn(&RunError) -> bool);
     let Some(host) = Host::new() else { return };
     let network = |text: &str| Some(text.parse().expect("a network"));
     let good = config("failing", &["true"]);
-    let cases: Vec<(Config, fn(&RunError) -> bool)> = vec![
+    let cases: Vec<Case> = vec![
         (Config { command: words(&["no-such-program"]), ..good.clone() }, |error| {
             matches!(error, RunError::Command { .. })
         }),
@@ -350,4 +351,55 @@ fn the_read_only_layer_is_identified_in_no_time() {
     fs::write(small.path().join("usr/bin/program"), "x").expect("a file");
     let later = identity(small.path()).expect("an identity");
     assert!(at_first.difference(&later).is_some_and(|text| text.contains("programs")));
+}
+
+#[test]
+fn what_a_killed_limosa_left_is_removed_and_what_is_being_made_is_not() {
+    let Some(host) = Host::new() else { return };
+    let config = config("stale", &["true"]);
+    let reservation = host.registry.reserve(&config.name).expect("a name");
+    let shell = Shell::prepare(&config, reservation.paths(), &ShellOptions::default()).expect("a shell");
+    host.registry.sweep().expect("swept");
+    assert!(reservation.paths().upper().exists(), "it is still being made");
+    assert!(host.registry.list().expect("a list").is_empty(), "it is not there yet");
+    let refused = host.registry.reserve(&config.name).expect_err("the name is taken");
+    assert!(matches!(refused, RegistryError::Exists { .. }), "{refused}");
+
+    // Neither is undone, as if their owner had been killed here.
+    shell.keep();
+    reservation.keep();
+    host.registry.sweep().expect("swept");
+    host.assert_clean();
+}
+
+#[test]
+fn a_tree_that_was_built_by_others_is_registered() {
+    use limosa_kernel::spawn::{Spawn, Step};
+    let Some(host) = Host::new() else { return };
+    let config = config("adopted", &["true"]);
+    let reservation = host.registry.reserve(&config.name).expect("a name");
+    let upper = reservation.paths().upper();
+    fs::set_permissions(&upper, std::os::unix::fs::PermissionsExt::from_mode(0o711)).expect("a mode");
+    let options = ShellOptions { new_layer: false, ..ShellOptions::default() };
+    let shell = Shell::prepare(&config, reservation.paths(), &options).expect("a shell");
+    assert_eq!(
+        fs::metadata(&upper).expect("attributes").mode() & 0o777,
+        0o711,
+        "the layer's own mode is kept"
+    );
+    let steps = shell
+        .cgroup()
+        .open()
+        .expect("groups")
+        .into_iter()
+        .map(|file| Step::JoinCgroup(file.into()))
+        .collect();
+    let first = Spawn { new_pid_namespace: true, steps, program: None }.start().expect("a process");
+    let record = shell.register(&host.registry, reservation, first.pid()).expect("a record");
+    assert_eq!(record.running(), Some(first.pid()));
+    assert_eq!(host.registry.load(&config.name).expect("a record"), record);
+    assert_eq!(record.cgroup.processes(), [first.pid()]);
+    drop(first);
+    remove(&host.registry, &config.name, false).expect("removed");
+    host.assert_clean();
 }

@@ -53,6 +53,7 @@ impl Line {
 
 impl Ps {
     /// Lists the containers.
+    #[allow(clippy::unused_self, reason = "every subcommand is executed alike")]
     pub fn execute(self, context: &Context) -> Outcome {
         let list = context.registry().list()?;
         let lines: Vec<Line> = list

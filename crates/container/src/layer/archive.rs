@@ -111,7 +111,9 @@ impl<W: Write> Archive<W> {
                 records.push((SOCKET.to_owned(), String::new()));
                 EntryType::Regular
             }
-            _ => return Err(failed(io::Error::new(io::ErrorKind::Unsupported, "a file of unknown type"))),
+            FileType::Unknown => {
+                return Err(failed(io::Error::new(io::ErrorKind::Unsupported, "a file of unknown type")));
+            }
         };
         let mut header = header(entry_type, &attributes);
         header.set_device_major(rustix::fs::major(attributes.st_rdev)).map_err(failed)?;

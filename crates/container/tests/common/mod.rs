@@ -83,7 +83,8 @@ impl Traces {
                     fs::read_dir(state.join("containers"))
                         .into_iter()
                         .flatten()
-                        .map(|entry| entry.expect("an entry").path().display().to_string()),
+                        .map(|entry| entry.expect("an entry").path().display().to_string())
+                        .filter(|path| !path.ends_with("/.lock")),
                 )
                 .collect(),
         }
