@@ -79,6 +79,18 @@ impl Cgroup {
         list.lines().filter_map(|line| line.parse().ok()).collect()
     }
 
+    /// Freezes the group's processes, or lets them run on (`cgroup.freeze`, version 2). Stays so when this
+    /// process ends.
+    pub fn freeze(&self, frozen: bool) -> Result<(), CgroupError> {
+        let file = self.directories.iter().map(|directory| directory.join("cgroup.freeze")).find(|file| file.exists());
+        match file {
+            Some(file) => fs::write(&file, if frozen { "1" } else { "0" })
+                .map_err(|source| CgroupError::io("write", &file, source)),
+            None if frozen => Err(CgroupError::NoFreezer),
+            None => Ok(()),
+        }
+    }
+
     /// Removes the groups; one that is gone already is no error. The last processes may need a moment to
     /// leave: waits up to two seconds for them.
     pub fn remove(&self) -> Result<(), CgroupError> {
@@ -202,6 +214,9 @@ fn parse_hierarchy(line: &str) -> Option<Hierarchy> {
 /// A control group could not be made, joined or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
+    /// No version 2 hierarchy.
+    #[error("no cgroup version 2 hierarchy is mounted, which freezing needs: mount one, for instance on /sys/fs/cgroup/unified")]
+    NoFreezer,
     /// Nothing here can limit memory.
     #[error(
         "this host has no memory controller mounted, so a memory limit cannot be kept: leave out --memory, or mount the cgroup2 filesystem at /sys/fs/cgroup"

@@ -86,6 +86,15 @@ pub(crate) fn configure(network: &Network) -> Result<(), LinkError> {
     Ok(())
 }
 
+/// The hardware address of `eth0` of process `pid`.
+pub(crate) fn hardware_address(pid: i32) -> Result<[u8; 6], LinkError> {
+    let namespace = limosa_kernel::namespace::of_process(pid, limosa_kernel::namespace::Kind::Network)?;
+    inside(&namespace, || {
+        let link = find(&mut Rtnetlink::open()?, INTERFACE)?;
+        Ok(link_address(&link).and_then(|address| address.try_into().ok()).unwrap_or_default())
+    })
+}
+
 /// Announces the addresses of `eth0` of the calling thread's network namespace on its link.
 pub(crate) fn announce_all(network: &Network) -> Result<(), LinkError> {
     let mut inside = Rtnetlink::open()?;

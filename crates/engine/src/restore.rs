@@ -69,6 +69,12 @@ impl<'a> Planned<'a> {
         Ok(Self { checkpoint, tree, plan, options })
     }
 
+    /// The same with other options: what a place needs may stand in the tree's state.
+    #[must_use]
+    pub fn with(self, options: Options) -> Self {
+        Self { options, ..self }
+    }
+
     /// What will be restored.
     pub fn tree(&self) -> &Tree {
         &self.tree

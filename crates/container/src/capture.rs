@@ -1,0 +1,198 @@
+//! Checkpoint of a container: its process tree, its writable layer, and what another host needs to know of it.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+
+use limosa_engine::checkpoint::{self, Captured};
+use limosa_engine::{CaptureError, Report};
+use limosa_image::{Sink, WriteError};
+use serde::{Deserialize, Serialize};
+
+use crate::cgroup::CgroupError;
+use crate::config::{Config, Name};
+use crate::layer::{self, LayerError};
+use crate::link::{self, LinkError};
+use crate::registry::{Record, Registry, RegistryError};
+use crate::rootfs::{self, IdentityError};
+use crate::run::LOG_KEY;
+use crate::stop::{StopError, remove};
+
+/// Name of the section that holds the [`ContainerState`].
+pub const SECTION: &str = "container";
+/// Name of the blob that holds the writable layer, as [`layer::archive`] writes it.
+pub const LAYER_BLOB: &str = "layer.tar";
+/// Name of the blob that holds the log.
+pub const LOG_BLOB: &str = "log";
+
+/// What a checkpoint says of a container beyond its processes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ContainerState {
+    /// What it is; the identity of its read-only layer is filled in.
+    pub config: Config,
+    /// The hardware address of its `eth0`: neighbours know it.
+    pub mac: Option<[u8; 6]>,
+}
+
+/// A running container, about to be captured.
+#[derive(Debug)]
+pub struct Source {
+    record: Record,
+    state: ContainerState,
+    pid: i32,
+}
+
+/// A container that is captured, and still frozen.
+#[derive(Debug)]
+pub struct CapturedContainer {
+    record: Record,
+    captured: Captured,
+    disconnected: bool,
+}
+
+impl Source {
+    /// Finds the running container `name` and everything about it that need not wait for the freeze.
+    pub fn find(registry: &Registry, name: &Name) -> Result<Self, ContainerCaptureError> {
+        let record = registry.load(name)?;
+        let pid = record.running().ok_or_else(|| ContainerCaptureError::NotRunning { name: name.clone() })?;
+        let mut config = record.config.clone();
+        config.rootfs_identity = Some(rootfs::identity(&config.rootfs)?);
+        let mac = match &config.network {
+            Some(_) => Some(link::hardware_address(pid)?),
+            None => None,
+        };
+        Ok(Self { record, state: ContainerState { config, mac }, pid })
+    }
+
+    /// What the checkpoint will say of it.
+    pub fn state(&self) -> &ContainerState {
+        &self.state
+    }
+
+    /// Its first process.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Freezes it and puts everything about it into `sink`. Dropping the result lets it run on.
+    pub fn capture(
+        self,
+        registry: &Registry,
+        sink: &mut dyn Sink,
+        report: &mut Report,
+    ) -> Result<CapturedContainer, ContainerCaptureError> {
+        let paths = registry.paths(&self.record.config.name);
+        let log = std::fs::metadata(paths.log())
+            .map_err(|source| ContainerCaptureError::Log { path: paths.log(), source })?;
+        let externals = HashMap::from([((log.dev(), log.ino()), LOG_KEY.to_owned())]);
+        let options = checkpoint::Options { container: true, externals };
+        limosa_image::put(sink, SECTION, &self.state)?;
+        let captured = checkpoint::capture(self.pid, sink, &options, report)?;
+        report.phase("filesystem", |_| store_layer(&paths.upper(), sink))?;
+        let mut content = std::fs::File::open(paths.log())
+            .map_err(|source| ContainerCaptureError::Log { path: paths.log(), source })?;
+        sink.blob(LOG_BLOB, &mut content)?;
+        Ok(CapturedContainer { record: self.record, captured, disconnected: false })
+    }
+}
+
+/// Streams the archive of the layer into the sink: the archive is made on a thread of its own.
+fn store_layer(upper: &std::path::Path, sink: &mut dyn Sink) -> Result<(), ContainerCaptureError> {
+    let (mut reader, writer) = io::pipe().map_err(ContainerCaptureError::Pipe)?;
+    std::thread::scope(|scope| {
+        let archiving = scope.spawn(move || layer::archive(upper, writer).map(drop));
+        let stored = sink.blob(LAYER_BLOB, &mut reader);
+        drop(reader);
+        let archived = archiving.join().unwrap_or(Err(LayerError::Stream {
+            operation: "write",
+            source: io::Error::other("the archiving thread panicked"),
+        }));
+        // A sink that failed broke the pipe: its error is the cause.
+        stored?;
+        archived?;
+        Ok(())
+    })
+}
+
+impl CapturedContainer {
+    /// Cuts it from the network: from here on nobody hears from it, whatever happens to its sockets.
+    pub fn disconnect(&mut self) -> Result<(), ContainerCaptureError> {
+        if let Some(name) = &self.record.host_link {
+            link::set_up(name, false)?;
+            self.disconnected = true;
+        }
+        Ok(())
+    }
+
+    /// Freezes it in a way that outlives this process: when a tracer dies, its tracees run on.
+    pub fn seal(&self) -> Result<(), ContainerCaptureError> {
+        Ok(self.record.cgroup.freeze(true)?)
+    }
+
+    /// Lets it run on.
+    pub fn release(self) -> Result<(), ContainerCaptureError> {
+        if self.disconnected && let Some(name) = &self.record.host_link {
+            link::set_up(name, true)?;
+        }
+        self.record.cgroup.freeze(false)?;
+        Ok(self.captured.release()?)
+    }
+
+    /// Ends it and removes all of it here: it lives on in the checkpoint, or elsewhere.
+    pub fn end(mut self, registry: &Registry) -> Result<(), ContainerCaptureError> {
+        // Sockets that are closed say so to their peers: nobody may hear it.
+        if !self.disconnected {
+            self.disconnect()?;
+        }
+        self.captured.end()?;
+        self.record.cgroup.freeze(false)?;
+        Ok(remove(registry, &self.record.config.name, true)?)
+    }
+}
+
+/// A container could not be checkpointed. It runs on.
+#[derive(Debug, thiserror::Error)]
+pub enum ContainerCaptureError {
+    /// It is not there, or its record cannot be read.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// It does not run.
+    #[error("container {name} does not run: there is nothing to checkpoint")]
+    NotRunning {
+        /// Its name.
+        name: Name,
+    },
+    /// Its processes.
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    /// The checkpoint could not be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// Its writable layer.
+    #[error("cannot store the container's writable layer")]
+    Layer(#[from] LayerError),
+    /// Its read-only layer.
+    #[error("cannot identify the container's read-only layer")]
+    Identity(#[from] IdentityError),
+    /// Its log.
+    #[error("cannot read the container's log {}", path.display())]
+    Log {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// No pipe for the layer's archive.
+    #[error("cannot make a pipe")]
+    Pipe(#[source] io::Error),
+    /// Its interface.
+    #[error("cannot change the container's interface")]
+    Link(#[from] LinkError),
+    /// Its control groups.
+    #[error("cannot freeze or thaw the container's control group")]
+    Cgroup(#[from] CgroupError),
+    /// What is left of it here could not be removed.
+    #[error("the checkpoint is complete, but the container's remains could not be removed")]
+    Remove(#[from] StopError),
+}

@@ -1,0 +1,175 @@
+//! Restore of a container: a new shell, its writable layer, its process tree.
+//!
+//! ```text
+//!   prepare ──► Prepared (built, cut from the network, not running) ── start ──► Running
+//! ```
+//!
+//! Dropped before it is started, nothing of it is left.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+
+use limosa_engine::restore::{Loaded, Options, Place, Planned};
+use limosa_engine::{Report, RestoreError};
+use limosa_image::{Checkpoint, ReadError};
+use limosa_kernel::namespace::TimeOffsets;
+
+use crate::capture::{ContainerState, LAYER_BLOB, LOG_BLOB, SECTION};
+use crate::config::Name;
+use crate::layer::{self, LayerError};
+use crate::registry::{Init, Record, Registry, RegistryError, Reservation};
+use crate::rootfs::{self, IdentityError};
+use crate::run::{LOG_KEY, RunError, open_log};
+use crate::shell::{Shell, ShellError, ShellOptions};
+
+/// A container that is built and does not run. Dropped, all of it is removed.
+///
+/// The fields are dropped in this order: first the processes, then what they are in.
+pub struct Prepared {
+    loaded: Loaded,
+    shell: Shell,
+    reservation: Reservation,
+    record: Record,
+}
+
+/// A container that runs again.
+#[derive(Debug)]
+pub struct Restored {
+    /// Its first process, a child of the caller.
+    pub pid: i32,
+    /// Its name here.
+    pub name: Name,
+}
+
+/// Whether the checkpoint is one of a container.
+pub fn holds_container(checkpoint: &Checkpoint) -> bool {
+    checkpoint.section(SECTION).is_some()
+}
+
+/// Checks that the read-only layer here is the one that the container had.
+pub fn check_root(state: &ContainerState) -> Result<(), RebuildError> {
+    let Some(wanted) = &state.config.rootfs_identity else { return Ok(()) };
+    let here = rootfs::identity(&state.config.rootfs)?;
+    match here.difference(wanted) {
+        None => Ok(()),
+        Some(difference) => Err(RebuildError::OtherRoot { path: state.config.rootfs.clone(), difference }),
+    }
+}
+
+/// Builds the container in `checkpoint`, under another name if one is given.
+pub fn prepare(
+    registry: &Registry,
+    checkpoint: &Checkpoint,
+    name: Option<Name>,
+    report: &mut Report,
+) -> Result<Prepared, RebuildError> {
+    let mut state: ContainerState = checkpoint.state(SECTION)?;
+    if let Some(name) = name {
+        state.config.name = name;
+    }
+    let config = state.config.clone();
+    report.phase("root", |_| check_root(&state))?;
+    let reservation = registry.reserve(&config.name)?;
+    let paths = reservation.paths().clone();
+    report.phase("filesystem", |_| -> Result<(), RebuildError> {
+        layer::extract(checkpoint.blob(LAYER_BLOB)?, &paths.upper())?;
+        let mut log = fs::File::from(open_log(&paths.log())?);
+        io::copy(&mut checkpoint.blob(LOG_BLOB)?, &mut log)
+            .map_err(|source| RebuildError::Log { path: paths.log(), source })?;
+        Ok(())
+    })?;
+    let externals = HashMap::from([(LOG_KEY.to_owned(), paths.log())]);
+    let planned = Planned::new(checkpoint, Options::default())?;
+    let clocks = planned.tree().namespaces.clocks;
+    let options = ShellOptions {
+        time_offsets: clocks.map_or_else(TimeOffsets::default, |clocks| clocks.offsets()),
+        configure_network: true,
+        connect: false,
+        mac: state.mac,
+    };
+    let shell = report.phase("shell", |_| Shell::prepare(&config, &paths, &options))?;
+    let planned = planned.with(Options { root: None, place: Some(place(&shell)?), externals });
+    let loaded = planned.build(report)?;
+    let init = Init::of(loaded.root())
+        .map_err(|source| RunError::Vanished { pid: loaded.root(), source })?;
+    let host_link = shell.host_link().map(str::to_owned);
+    let record = Record::new(config, Some(init), shell.cgroup().clone(), host_link);
+    Ok(Prepared { loaded, shell, reservation, record })
+}
+
+fn place(shell: &Shell) -> Result<Place, RebuildError> {
+    let namespaces = shell
+        .namespaces()
+        .map(|(kind, namespace)| Ok((kind, namespace.try_clone_to_owned().map_err(ShellError::Descriptor)?)))
+        .collect::<Result<Vec<_>, ShellError>>()?;
+    let cgroups = shell.cgroup().open().map_err(ShellError::from)?.into_iter().map(Into::into).collect();
+    Ok(Place { namespaces, cgroups })
+}
+
+impl Prepared {
+    /// Its name here.
+    pub fn name(&self) -> &Name {
+        &self.record.config.name
+    }
+
+    /// Lets it run, reachable, and tells its neighbours where it is now.
+    pub fn start(self, registry: &Registry, report: &mut Report) -> Result<Restored, RebuildError> {
+        registry.save(&self.record)?;
+        self.shell.connect()?;
+        let started = self.loaded.start(report)?;
+        if let Err(error) = self.shell.announce() {
+            // The container runs; its neighbours will find out by themselves, later.
+            tracing::warn!(%error, "the container's addresses could not be announced");
+        }
+        self.shell.keep();
+        self.reservation.keep();
+        Ok(Restored { pid: started.root, name: self.record.config.name })
+    }
+}
+
+/// A container could not be restored. Nothing of it is left.
+#[derive(Debug, thiserror::Error)]
+pub enum RebuildError {
+    /// Its processes.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// The checkpoint.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// Its name or files.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// Its shell.
+    #[error(transparent)]
+    Shell(#[from] ShellError),
+    /// Its log or first process.
+    #[error(transparent)]
+    Run(#[from] RunError),
+    /// Its writable layer.
+    #[error("cannot put the container's writable layer back")]
+    Layer(#[from] LayerError),
+    /// Its log.
+    #[error("cannot write the container's log {}", path.display())]
+    Log {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The read-only layer could not be looked at.
+    #[error("cannot identify the read-only layer here")]
+    Identity(#[from] IdentityError),
+    /// The read-only layer is another one.
+    #[error(
+        "the read-only layer {} is not the one the container had: {difference}; it must be the same on both hosts",
+        path.display()
+    )]
+    OtherRoot {
+        /// Its path.
+        path: std::path::PathBuf,
+        /// What differs.
+        difference: &'static str,
+    },
+}
