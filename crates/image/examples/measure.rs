@@ -43,8 +43,8 @@ fn mappings(count: u64) -> Vec<Mapping> {
             2 => Backing::Stack,
             _ => Backing::Vdso,
         },
-        name: (number % 3 == 0).then(|| format!("/usr/lib/x86_64-linux-gnu/lib{}.so", number % 50)),
-        advice: if number % 10 == 0 { vec![14] } else { Vec::new() },
+        name: number.is_multiple_of(3).then(|| format!("/usr/lib/x86_64-linux-gnu/lib{}.so", number % 50)),
+        advice: if number.is_multiple_of(10) { vec![14] } else { Vec::new() },
         key: None,
     };
     (0..count).map(mapping).collect()
@@ -80,7 +80,7 @@ fn main() {
         let filled = begin.elapsed();
         let committed = writer.commit(meta.clone()).expect("commit");
         let whole = begin.elapsed();
-        parts.push((created, filled - created, committed.write, committed.sync));
+        parts.push((created, filled.saturating_sub(created), committed.write, committed.sync));
         std::fs::remove_dir_all(&path).expect("remove");
         whole
     });
@@ -90,7 +90,7 @@ fn main() {
         let mut writer = CheckpointWriter::create(&path).expect("create");
         small(&mut writer, &list, &data[..64 << 10]);
         let committed = writer.commit(meta.clone()).expect("commit");
-        let whole = begin.elapsed() - committed.sync;
+        let whole = begin.elapsed().saturating_sub(committed.sync);
         std::fs::remove_dir_all(&path).expect("remove");
         whole
     });
@@ -164,13 +164,13 @@ fn measure_pages(path: &Path, meta: &Meta) {
         for extent in checkpoint.all_extents() {
             checkpoint.verify_extent(extent).expect("verify");
         }
-        let rate = |time: Duration| size as f64 / time.as_secs_f64() / 1e9;
+        let rate = |time: Duration| (size >> 10) as u32 as f64 * 1024.0 / time.as_secs_f64() / 1e9;
         println!(
             "{} MiB by {} KiB: fill {:.2} GB/s, durable after {durable:?}; open {opened:?}, verify {:.2} GB/s",
             size >> 20,
             piece >> 10,
             rate(filled),
-            rate(begin.elapsed() - opened)
+            rate(begin.elapsed().saturating_sub(opened))
         );
         std::fs::remove_dir_all(path).expect("remove");
     };
