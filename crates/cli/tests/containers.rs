@@ -1,0 +1,224 @@
+//! The program as a user sees it: `run`, `ps`, `exec`, `logs`, `stop` and `rm`. Needs root.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, WaitOptions};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A state directory of its own, and a process that inherits the orphans of those it starts.
+struct Host {
+    state: TempDir,
+}
+
+impl Host {
+    fn new() -> Option<Self> {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("SKIPPED: this test needs root");
+            return None;
+        }
+        rustix::process::set_child_subreaper(Some(rustix::process::getpid())).expect("a subreaper");
+        Some(Self { state: tempfile::tempdir_in("/dev/shm").expect("a directory") })
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_limosa"));
+        command.arg("--state-dir").arg(self.state.path()).args(arguments).stdin(Stdio::null());
+        command
+    }
+
+    fn limosa(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().expect("limosa")
+    }
+
+    /// What a subcommand that must succeed says on standard output.
+    fn says(&self, arguments: &[&str]) -> String {
+        let output = self.limosa(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    fn list(&self) -> Value {
+        serde_json::from_str(&self.says(&["ps", "--json"])).expect("JSON")
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        for container in self.list().as_array().into_iter().flatten() {
+            self.limosa(&["rm", "--force", container["name"].as_str().unwrap_or_default()]);
+        }
+        while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
+    }
+}
+
+/// The processes whose parent this test is, by command name, zombies left out.
+fn children() -> Vec<String> {
+    let own = format!("PPid:\t{}", std::process::id());
+    let processes = std::fs::read_dir("/proc").expect("processes").flatten();
+    let statuses = processes.filter_map(|entry| std::fs::read_to_string(entry.path().join("status")).ok());
+    statuses
+        .filter(|status| status.lines().any(|line| line == own) && !status.contains("State:\tZ"))
+        .filter_map(|status| Some(status.lines().next()?.strip_prefix("Name:\t")?.to_owned()))
+        .collect()
+}
+
+#[test]
+fn a_detached_container_leaves_no_process_of_limosa() {
+    let Some(host) = Host::new() else { return };
+    assert_eq!(
+        host.says(&["run", "one", "--detach", "--", "sh", "-c", "echo hello; exec sleep 1000"]),
+        "one\n"
+    );
+    assert_eq!(children(), ["sleep"]);
+    let list = host.list();
+    assert_eq!(
+        (list[0]["name"].as_str(), list[0]["state"].as_str()),
+        (Some("one"), Some("running")),
+        "{list}"
+    );
+    let table = host.says(&["ps"]);
+    assert!(table.lines().nth(1).is_some_and(|line| line.starts_with("one   running")), "{table}");
+    assert_eq!(host.says(&["logs", "one"]), "hello\n");
+
+    let mut cat = host.command(&["exec", "one", "--", "cat"]);
+    let mut cat = cat.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("limosa");
+    cat.stdin.take().expect("input").write_all(b"through the container").expect("written");
+    let output = cat.wait_with_output().expect("an end");
+    assert_eq!(output.stdout, b"through the container");
+    assert_eq!(host.limosa(&["exec", "one", "--", "sh", "-c", "exit 9"]).status.code(), Some(9));
+
+    let refused = host.limosa(&["rm", "one"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("limosa stop one"), "{refused:?}");
+    assert_eq!(host.says(&["stop", "--timeout", "0", "one"]), "one\n");
+    assert_eq!(host.list()[0]["state"].as_str(), Some("stopped"));
+    assert_eq!(host.says(&["rm", "one"]), "one\n");
+    assert_eq!(host.list(), Value::Array(Vec::new()));
+    assert!(children().is_empty());
+}
+
+#[test]
+fn the_foreground_shows_output_and_passes_on_the_exit_status() {
+    let Some(host) = Host::new() else { return };
+    let output =
+        host.limosa(&["run", "a", "--env", "WORD=b c", "--", "sh", "-c", "echo $WORD; echo d >&2; exit 7"]);
+    assert_eq!(output.status.code(), Some(7));
+    assert_eq!(output.stdout, b"b c\nd\n");
+    for (name, command, code) in
+        [("b", "no-such-program", 127), ("c", "/etc/passwd", 126), ("a", "true", 125)]
+    {
+        let output = host.limosa(&["run", name, "--", command]);
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        let message = String::from_utf8(output.stderr).expect("text");
+        assert!(message.starts_with("limosa: ") && message.lines().count() == 1, "{message}");
+    }
+}
+
+#[test]
+fn a_signal_reaches_the_container() {
+    let Some(host) = Host::new() else { return };
+    let script = "trap 'echo asked; exit 5' TERM; echo ready; while :; do sleep 0.02; done";
+    let mut run = host.command(&["run", "signals", "--", "sh", "-c", script]);
+    let mut child = run.stdout(Stdio::piped()).spawn().expect("limosa");
+    let mut output = child.stdout.take().expect("output");
+    let mut ready = [0; 6];
+    output.read_exact(&mut ready).expect("it is ready");
+    let pid = Pid::from_child(&child);
+    rustix::process::kill_process(pid, Signal::TERM).expect("a signal");
+    let mut rest = String::new();
+    output.read_to_string(&mut rest).expect("the rest");
+    assert_eq!((rest.as_str(), child.wait().expect("an end").code()), ("asked\n", Some(5)));
+}
+
+#[test]
+fn a_terminal_goes_through_to_the_container() {
+    use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
+    let Some(host) = Host::new() else { return };
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let outside = openpt(flags).expect("a terminal");
+    unlockpt(&outside).expect("unlocked");
+    let inside = ioctl_tiocgptpeer(&outside, flags).expect("its other end");
+    let mut size = rustix::termios::tcgetwinsize(&inside).expect("a size");
+    (size.ws_row, size.ws_col) = (33, 99);
+    rustix::termios::tcsetwinsize(&inside, size).expect("set");
+    let before = rustix::termios::tcgetattr(&inside).expect("attributes").local_modes;
+    let end = || Stdio::from(inside.try_clone().expect("a copy"));
+    let mut run = host.command(&[
+        "run",
+        "terminal",
+        "--tty",
+        "--",
+        "sh",
+        "-c",
+        "read line; stty size; tty; exit $line",
+    ]);
+    let mut child = run.stdin(end()).stdout(end()).stderr(end()).spawn().expect("limosa");
+    let mut outside = File::from(outside);
+    outside.write_all(b"6\n").expect("typed");
+    let exit = child.wait().expect("an end");
+    assert_eq!(rustix::termios::tcgetattr(&inside).expect("attributes").local_modes, before, "as it was");
+    let mut shown = vec![0; 4096];
+    let length = outside.read(&mut shown).expect("shown");
+    let shown = String::from_utf8_lossy(&shown[..length]).into_owned();
+    assert!(shown.contains("33 99\r\n/dev/pts/0"), "{shown:?}");
+    assert_eq!(exit.code(), Some(6), "{shown:?}");
+    assert!(host.says(&["logs", "terminal"]).contains("33 99"));
+}
+
+#[test]
+fn following_a_log_ends_with_the_container() {
+    let Some(host) = Host::new() else { return };
+    host.says(&["run", "log", "--detach", "--", "sh", "-c", "for i in 1 2 3; do echo $i; sleep 0.1; done"]);
+    assert_eq!(host.says(&["logs", "--follow", "log"]), "1\n2\n3\n");
+}
+
+/// Limosa is killed while it makes a container, at many moments. The container then either runs and is
+/// listed, or nothing of it is left once the next one is made.
+#[test]
+fn machine_a_killed_run_leaves_a_whole_container_or_none() {
+    let Some(host) = Host::new() else { return };
+    let name = format!("victim{}", std::process::id());
+    let arguments = ["run", &name, "--detach", "--", "sleep", "1000"];
+    let began = Instant::now();
+    assert!(host.limosa(&arguments).status.success());
+    let whole = began.elapsed();
+    host.says(&["rm", "--force", &name]);
+    let mut seen = [0, 0];
+    for step in 0..60 {
+        let mut run = host.command(&arguments);
+        let mut child = run.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("limosa");
+        std::thread::sleep(whole * step / 50);
+        child.kill().expect("killed");
+        child.wait().expect("an end");
+        // What was held at its gate ends by itself.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let runs = loop {
+            let list = host.list();
+            let runs = list[0]["state"].as_str() == Some("running");
+            if children().len() == usize::from(runs) {
+                break runs;
+            }
+            assert!(Instant::now() < deadline, "processes nobody knows: {:?}, listed: {list}", children());
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        seen[usize::from(runs)] += 1;
+        host.limosa(&["rm", "--force", &name]);
+        assert!(host.limosa(&arguments).status.success(), "the name is free again");
+        host.says(&["rm", "--force", &name]);
+        let groups = std::fs::read_dir("/sys/fs/cgroup").expect("hierarchies").flatten();
+        let left: Vec<_> = groups
+            .flat_map(|hierarchy| {
+                std::fs::read_dir(hierarchy.path().join("limosa")).into_iter().flatten().flatten()
+            })
+            .filter(|group| group.file_name().to_string_lossy().starts_with(&name))
+            .collect();
+        assert!(left.is_empty(), "{left:?}");
+        while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
+    }
+    eprintln!("killed before it ran: {}, after: {}", seen[0], seen[1]);
+    assert!(seen[0] > 0, "no kill came in time");
+}
