@@ -92,6 +92,11 @@ pub fn resume_to_syscall(tid: i32) -> Result<()> {
     request("ptrace(PTRACE_SYSCALL)", libc::PTRACE_SYSCALL, tid, 0, 0).map(drop)
 }
 
+/// Like [`resume_to_syscall`], delivering `signal` if it is not 0.
+pub fn resume_to_syscall_delivering(tid: i32, signal: i32) -> Result<()> {
+    request("ptrace(PTRACE_SYSCALL)", libc::PTRACE_SYSCALL, tid, 0, signal as usize).map(drop)
+}
+
 /// Detaches from a stopped thread, delivering `signal` if it is not 0.
 pub fn detach(tid: i32, signal: i32) -> Result<()> {
     request("ptrace(PTRACE_DETACH)", libc::PTRACE_DETACH, tid, 0, signal as usize).map(drop)
@@ -212,6 +217,21 @@ pub fn rseq_configuration(tid: i32) -> Result<RseqConfiguration> {
     Ok(configuration)
 }
 
+/// Whether the thread's system calls are handed back to it as `SIGSYS` (syscall user dispatch, Linux 5.11;
+/// asked for by Linux 6.4, `false` on older kernels).
+pub fn has_syscall_user_dispatch(tid: i32) -> Result<bool> {
+    const PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: libc::c_uint = 0x4211;
+    const OPERATION: &str = "ptrace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG)";
+    // struct ptrace_sud_config: mode, selector, offset, length.
+    let mut config = [0_u64; 4];
+    let data = config.as_mut_ptr() as usize;
+    match request(OPERATION, PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, tid, size_of_val(&config), data) {
+        Ok(_) => Ok(config[0] != 0),
+        Err(error) if matches!(error.errno(), Some(libc::EIO | libc::EINVAL)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// One classic BPF instruction (`struct sock_filter`).
 pub type FilterInstruction = [u8; 8];
 
@@ -270,6 +290,7 @@ pub fn try_wait(tid: i32) -> Result<Option<WaitStatus>> {
 /// Like [`wait`], but gives up with `ETIMEDOUT` after `limit`: for a thread that may be in an
 /// uninterruptible sleep.
 pub fn wait_within(tid: i32, limit: Duration) -> Result<WaitStatus> {
+    fault::point();
     let started = Instant::now();
     let mut pause = Duration::from_micros(2);
     loop {

@@ -15,9 +15,11 @@ pub mod arch;
 mod arena;
 mod program;
 mod resident;
+mod vdso;
 mod visit;
 
 pub use arena::{Arena, ArenaError, Slice};
 pub use program::{Arg, CallId, Data, Outcome, Program, ProgramError, RenderedProgram};
 pub use resident::{Birth, Resident, ResidentError, Running};
-pub use visit::{Vdso, Visit, VisitError, elf_extent, step_out_of_stub};
+pub use vdso::{Vdso, elf_extent};
+pub use visit::{Visit, VisitError, step_out_of_stub};

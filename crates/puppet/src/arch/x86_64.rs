@@ -105,43 +105,56 @@ global_asm!(
     ".popsection",
 );
 
+/// Tells the controller that a step is done: tgkill(own process, own thread, S). The label `$done` is where
+/// the thread then stands. `rbp` holds the process (low half) and the thread (high half) as the thread itself
+/// knows them: in a PID namespace they are not the controller's numbers.
+macro_rules! report {
+    ($done:literal) => {
+        concat!(
+            "mov edi, ebp\n",
+            "mov rsi, rbp\n",
+            "shr rsi, 32\n",
+            "mov edx, [rip + limosa_visitor_signal]\n",
+            "mov eax, 234\n",
+            "syscall\n",
+            $done,
+            ":\n",
+        )
+    };
+}
+
 // The visitor. The controller sets rip to its start and the arguments of mmap in registers. It maps scratch
-// memory, says so (tgkill; a stop under the controller, nothing without it), walks the program that is there
-// by now, says so again, unmaps the scratch, says so a third time, and loads the thread's own registers from
-// its data area. Without a controller the scratch is zeros: an END at once. It reads its data area, which is
-// as little writable to it as its code, and writes only to the scratch.
+// memory, reports (a stop under the controller, nothing without it), walks the program that is there by now,
+// reports again, unmaps the scratch, reports a third time, and loads the thread's own registers from its data
+// area. Without a controller the scratch is zeros: an END at once. It reads its data area, which is as little
+// writable to it as its code, and writes only to the scratch.
 global_asm!(
     ".pushsection .rodata.limosa_visitor, \"a\"",
     ".balign 16",
     "limosa_visitor_start:",
-    "syscall", // mmap
+    "mov eax, 39", // getpid
+    "syscall",
+    "mov ebp, eax",
+    "mov eax, 186", // gettid
+    "syscall",
+    "shl rax, 32",
+    "or rbp, rax",
+    "mov eax, 9", // mmap
+    "syscall",
     "mov r12, rax",
     "mov rbx, rax",
     "xor r14d, r14d",
-    "mov edi, [rip + limosa_visitor_pid]",
-    "mov esi, [rip + limosa_visitor_tid]",
-    "mov edx, [rip + limosa_visitor_signal]",
-    "mov eax, 234", // tgkill
-    "syscall",
+    report!("limosa_visitor_mapped"),
     "cmp r12, -4096",
     "ja limosa_visitor_leave",
     walker!("limosa_visitor"),
     "limosa_visitor_finish:",
-    "mov edi, [rip + limosa_visitor_pid]",
-    "mov esi, [rip + limosa_visitor_tid]",
-    "mov edx, [rip + limosa_visitor_signal]",
-    "mov eax, 234",
-    "syscall",
-    "limosa_visitor_unmap:",
+    report!("limosa_visitor_finished"),
     "mov rdi, r12",
     "mov rsi, r13",
     "mov eax, 11", // munmap
     "syscall",
-    "mov edi, [rip + limosa_visitor_pid]",
-    "mov esi, [rip + limosa_visitor_tid]",
-    "mov edx, [rip + limosa_visitor_signal]",
-    "mov eax, 234",
-    "syscall",
+    report!("limosa_visitor_unmapped"),
     "limosa_visitor_leave:",
     "mov edi, 2", // SIG_SETMASK
     "lea rsi, [rip + limosa_visitor_mask]",
@@ -193,10 +206,8 @@ global_asm!(
     "limosa_visitor_r15: .quad 0",
     "limosa_visitor_mask: .quad 0",
     "limosa_visitor_flags: .quad 0",
-    "limosa_visitor_pid: .long 0",
-    "limosa_visitor_tid: .long 0",
     "limosa_visitor_signal: .long 0",
-    ".long 0",
+    "limosa_visitor_generation: .long 0",
     "limosa_visitor_end_of_code:",
     ".popsection",
 );
@@ -207,8 +218,9 @@ unsafe extern "C" {
     static limosa_resident_end_of_code: u8;
     static limosa_visitor_start: u8;
     static limosa_visitor_next: u8;
-    static limosa_visitor_unmap: u8;
-    static limosa_visitor_leave: u8;
+    static limosa_visitor_mapped: u8;
+    static limosa_visitor_finished: u8;
+    static limosa_visitor_unmapped: u8;
     static limosa_visitor_data: u8;
     static limosa_visitor_end_of_code: u8;
 }
@@ -236,14 +248,16 @@ pub static VISITOR: LazyLock<&'static [u8]> =
 /// Offsets in [`VISITOR`].
 #[derive(Clone, Copy, Debug)]
 pub struct VisitorLayout {
+    /// Where the thread stands when it has mapped the scratch (its address, or an error, in `r12`).
+    pub mapped: u64,
     /// The walker: to run another program.
-    pub walk: usize,
-    /// Unmap the scratch.
-    pub unmap: usize,
-    /// Load the thread's own registers.
-    pub leave: usize,
+    pub walk: u64,
+    /// Where the thread stands when a program is done.
+    pub finished: u64,
+    /// Where the thread stands when the scratch is unmapped.
+    pub unmapped: u64,
     /// The data area: 18 words (rip, rax, rbx, rcx, rdx, rsi, rdi, rbp, r8…r15, signal mask, flags), then
-    /// pid, tid and signal as 32-bit numbers.
+    /// the signal and the generation as 32-bit numbers, up to the end.
     pub data: usize,
 }
 
@@ -251,9 +265,10 @@ pub struct VisitorLayout {
 pub fn visitor_layout() -> VisitorLayout {
     let offset = |symbol: *const u8| symbol.addr() - (&raw const limosa_visitor_start).addr();
     VisitorLayout {
-        walk: offset(&raw const limosa_visitor_next),
-        unmap: offset(&raw const limosa_visitor_unmap),
-        leave: offset(&raw const limosa_visitor_leave),
+        mapped: offset(&raw const limosa_visitor_mapped) as u64,
+        walk: offset(&raw const limosa_visitor_next) as u64,
+        finished: offset(&raw const limosa_visitor_finished) as u64,
+        unmapped: offset(&raw const limosa_visitor_unmapped) as u64,
         data: offset(&raw const limosa_visitor_data),
     }
 }
