@@ -3,10 +3,9 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use rustix::process::{Pid, WaitOptions, waitpid};
 
 use crate::limosa::{self, Source};
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, wait_until_alone};
 use crate::target::Target;
 
 /// How often the same checkpoint is restored.
@@ -15,7 +14,11 @@ const RESTORES: usize = 3;
 /// A target of `kind`: a checkpoint that leaves it running, another that ends it, and restores of both, each of
 /// which must be whole, with the same PID, and checkable more than once.
 pub fn round_trip(sandbox: &Sandbox, kind: &str, options: &[&str]) -> Result<()> {
-    let target = Target::start(sandbox, kind, options)?;
+    round_trip_of(sandbox, &Target::start(sandbox, kind, options)?)
+}
+
+/// [`round_trip`] of a target that runs already.
+pub fn round_trip_of(sandbox: &Sandbox, target: &Target) -> Result<()> {
     target.verify().context("before any checkpoint")?;
 
     let first = sandbox.path("first");
@@ -26,7 +29,7 @@ pub fn round_trip(sandbox: &Sandbox, kind: &str, options: &[&str]) -> Result<()>
     }
     let second = sandbox.path("second");
     limosa::checkpoint(sandbox, target.root(), &second, Source::Ends, &[])?.success("checkpoint")?;
-    ensure_ended(target.root())?;
+    wait_until_alone().context("after a checkpoint that ends its source")?;
 
     for checkpoint in [&first, &second] {
         for number in 1..=RESTORES {
@@ -39,6 +42,7 @@ pub fn round_trip(sandbox: &Sandbox, kind: &str, options: &[&str]) -> Result<()>
                 sandbox.end_all()?;
             } else {
                 target.quit().with_context(context)?;
+                sandbox.end_all()?;
             }
         }
     }
@@ -58,12 +62,5 @@ pub fn refused(sandbox: &Sandbox, kind: &str, options: &[&str], words: &[&str]) 
     ensure!(fs::metadata(&out).is_err(), "a refused checkpoint left {}", out.display());
     target.verify().context("in the source, after a refusal")?;
     target.quit()?;
-    Ok(())
-}
-
-/// The root is gone but for its exit status, which its parent (this test) takes.
-fn ensure_ended(root: Pid) -> Result<()> {
-    let ended = waitpid(Some(root), WaitOptions::NOHANG).context("looking after the source")?;
-    ensure!(ended.is_some(), "the source still runs after a checkpoint that ends it");
     Ok(())
 }

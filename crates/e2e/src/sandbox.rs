@@ -54,7 +54,11 @@ fn run_again(closure: &str) -> Result<()> {
     ensure!(rustix::process::geteuid().is_root(), "not root: a sandbox needs namespaces (sudo make test)");
     let name = closure.trim_end_matches("::{{closure}}");
     let name = name.split_once("::").map_or(name, |(_, path)| path);
-    let output = Command::new("unshare")
+    // Descriptors that this process inherited belong to files outside, which a target in the sandbox must not hold.
+    let close_inherited =
+        r#"for fd in /proc/self/fd/*; do fd=${fd##*/}; ((fd > 2)) && eval "exec $fd>&-"; done; exec "$@""#;
+    let output = Command::new("bash")
+        .args(["-c", close_inherited, "bash", "unshare"])
         .args([
             "--pid",
             "--fork",
@@ -126,8 +130,8 @@ impl Sandbox {
     }
 }
 
-/// Reaps what is dead (process 1 is everyone's last parent) until no other process is there.
-fn wait_until_alone() -> Result<()> {
+/// Reaps what is dead (process 1 is everyone's last parent) until no other process is there; fails where one stays.
+pub fn wait_until_alone() -> Result<()> {
     let mut left = Vec::new();
     let alone = wait_for("the end of all processes", PATIENCE, || {
         while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}

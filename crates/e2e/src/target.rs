@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, WaitOptions, waitpid};
 
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, describe};
 use crate::{built, wait_for};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -93,7 +93,8 @@ impl Target {
             rustix::process::test_kill_process(self.root)
                 .with_context(|| format!("{} is gone without an answer", self.name))?;
             Ok(fs::read_to_string(&self.result).ok())
-        })?;
+        })
+        .with_context(|| describe(self.root))?;
         match answer.trim_end().strip_prefix("ok") {
             Some(detail) => Ok(detail.trim().to_owned()),
             None => bail!("{}: {}", self.name, answer.trim_end()),

@@ -26,6 +26,13 @@ impl Python {
     }
 }
 
+impl Python {
+    /// The program as a target, for round trips.
+    pub fn into_target(self) -> Target {
+        self.target
+    }
+}
+
 impl Program for Python {
     fn root(&self) -> Pid {
         self.target.root()

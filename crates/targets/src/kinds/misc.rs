@@ -6,8 +6,7 @@ use std::mem::MaybeUninit;
 
 use anyhow::{Context, Result, ensure};
 use rustix::fs::Mode;
-use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
-use rustix::process::{parent_process_death_signal, set_parent_process_death_signal};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use super::{Setting, Verify};
@@ -29,7 +28,6 @@ pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
     sched_setaffinity(None, &cpus).context("pinning to CPU 0")?;
     fs::write("/proc/self/oom_score_adj", "321")?;
     rustix::thread::set_name(c"renamed :) 0")?;
-    set_parent_process_death_signal(Some(Signal::USR2))?;
     rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(123_456))?;
     rustix::thread::disable_transparent_huge_pages(true)?;
     // SAFETY: no pointers; a flag that only matters at the next execve.
@@ -64,7 +62,6 @@ fn describe() -> Result<String> {
     let umask = rustix::process::umask(Mode::empty());
     rustix::process::umask(umask);
     let _ = writeln!(text, "umask {umask:?}");
-    let _ = writeln!(text, "pdeathsig {:?}", parent_process_death_signal()?);
     let _ = writeln!(text, "timer slack {}", rustix::thread::current_timer_slack()?);
     let _ = writeln!(text, "no THP {}", rustix::thread::transparent_huge_pages_are_disabled()?);
     let _ = writeln!(text, "clear-tid {:?}", rustix::thread::get_clear_child_tid_address()?);

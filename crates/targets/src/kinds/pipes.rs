@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
-use rustix::fs::Mode;
+use rustix::fs::{Mode, OFlags};
 use rustix::io::{Errno, FdFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
 
@@ -97,7 +97,9 @@ impl State {
             self.to_child.as_fd(),
             self.from_child.as_fd(),
         ] {
-            let (status, own) = (rustix::fs::fcntl_getfl(fd)?, rustix::io::fcntl_getfd(fd)?);
+            // O_LARGEFILE means nothing on a pipe; the kernel sets it on every description that open(2) makes.
+            let status = rustix::fs::fcntl_getfl(fd)? - OFlags::LARGEFILE;
+            let own = rustix::io::fcntl_getfd(fd)?;
             let size = rustix::pipe::fcntl_getpipe_size(fd)?;
             let close = own.contains(FdFlags::CLOEXEC);
             let _ = writeln!(text, "{fd:?} {status:?} close-on-exec={close} size={size}");

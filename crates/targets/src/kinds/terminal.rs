@@ -20,6 +20,8 @@ use crate::sys;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 const SIZE: Winsize = Winsize { ws_row: 43, ws_col: 132, ws_xpixel: 0, ws_ypixel: 0 };
+/// How long the shell may take from showing a prompt to reading.
+const SETTLING: Duration = Duration::from_millis(500);
 /// What a keyboard sends for ^Z.
 const SUSPEND: &str = "\x1a";
 
@@ -49,8 +51,14 @@ pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
     terminal.send("cat | cat\n")?;
     terminal.meet("once\n", "once", 2)?;
     terminal.suspend()?;
+    std::thread::sleep(SETTLING);
     let described = terminal.describe()?;
     Ok(Box::new(move || {
+        // The shell changes the settings back to its own a moment after its prompt.
+        let deadline = Instant::now() + SETTLING;
+        while terminal.describe()? != described && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         sys::compare_lines("the terminal", &terminal.describe()?, &described)?;
         terminal.check()?;
         Ok(String::new())
