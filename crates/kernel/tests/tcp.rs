@@ -331,7 +331,7 @@ fn the_lock_drops_and_falls_with_its_owner() {
         other.write_all(b"b").unwrap();
         other_server.read_exact(&mut [0]).unwrap();
 
-        lock.leave_behind("left", &[tuple(&client)], Duration::from_secs(600)).unwrap();
+        lock.leave_behind("left", &[tuple(&client)], Duration::from_mins(10)).unwrap();
         assert!(tables().contains("limosa-left") && !tables().contains("limosa-test"));
         assert!(server.read(&mut [0]).is_err(), "the lock left behind let a packet pass");
         assert!(nft::remove("left").unwrap());

@@ -33,13 +33,13 @@ use super::netlink::{self, Builder, Netlink};
 use crate::{Error, Result};
 
 const NETLINK_NETFILTER: i32 = 12;
-const SUBSYSTEM: u16 = 10 << 8;
+const SUBSYSTEM: u16 = 0xA00;
 const NEWTABLE: u16 = SUBSYSTEM;
-const DELTABLE: u16 = SUBSYSTEM | 2;
-const NEWCHAIN: u16 = SUBSYSTEM | 3;
-const NEWRULE: u16 = SUBSYSTEM | 6;
-const NEWSET: u16 = SUBSYSTEM | 9;
-const NEWSETELEM: u16 = SUBSYSTEM | 12;
+const DELTABLE: u16 = SUBSYSTEM + 2;
+const NEWCHAIN: u16 = SUBSYSTEM + 3;
+const NEWRULE: u16 = SUBSYSTEM + 6;
+const NEWSET: u16 = SUBSYSTEM + 9;
+const NEWSETELEM: u16 = SUBSYSTEM + 12;
 const BATCH_BEGIN: u16 = 16;
 const BATCH_END: u16 = 17;
 
@@ -131,7 +131,7 @@ enum Lifetime {
     Timeout(Duration),
 }
 
-/// A transaction of nf_tables messages: all or nothing.
+/// A transaction of `nf_tables` messages: all or nothing.
 struct Batch<'a> {
     netlink: &'a mut Netlink,
     builder: Builder,
@@ -220,7 +220,7 @@ impl Version {
         if self == Self::Four { "four" } else { "six" }
     }
 
-    /// NFPROTO_IPV4, NFPROTO_IPV6.
+    /// `NFPROTO_IPV4`, `NFPROTO_IPV6`.
     fn protocol(self) -> u8 {
         if self == Self::Four { 2 } else { 10 }
     }
@@ -233,7 +233,7 @@ impl Version {
     /// The type of the set as the `nft` program shows it: address . service . address . service.
     fn key_type(self) -> u32 {
         let address = if self == Self::Four { 7 } else { 8 };
-        ((address << 6 | 13) << 6 | address) << 6 | 13
+        [address, 13, address, 13].iter().fold(0, |types, kind| types * 64 + kind)
     }
 }
 

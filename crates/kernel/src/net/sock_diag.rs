@@ -61,13 +61,11 @@ pub enum UnixName {
 impl UnixName {
     /// From `sun_path`: `None` where the socket has no name.
     pub fn from_sun_path(bytes: &[u8]) -> Option<Self> {
-        match bytes.split_first()? {
-            (0, name) => Some(Self::Abstract(name.to_vec())),
-            _ => {
-                let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
-                Some(Self::Path(bytes[..end].to_vec()))
-            }
+        if let (0, name) = bytes.split_first()? {
+            return Some(Self::Abstract(name.to_vec()));
         }
+        let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+        Some(Self::Path(bytes[..end].to_vec()))
     }
 }
 

@@ -157,12 +157,12 @@ pub struct Options {
 
 /// Sets what was agreed on, on a socket in repair mode that is connected and has sent nothing.
 pub fn set_options(fd: impl AsFd, options: &Options) -> Result<()> {
-    crate::fault::point();
     // Kinds of TCP options: RFC 9293, 2018, 7323. The kernel takes (kind, value) pairs.
     const MSS: u32 = 2;
     const WINDOW: u32 = 3;
     const SACK: u32 = 4;
     const TIMESTAMP: u32 = 8;
+    crate::fault::point();
     let fd = fd.as_fd();
     let mut pairs = vec![(MSS, u32::from(options.mss))];
     if let Some((send, receive)) = options.window_scale {
