@@ -9,6 +9,7 @@ pub mod rtnetlink;
 
 pub mod inject;
 pub mod nft;
+pub mod peek;
 pub mod raw;
 pub mod sock_diag;
 pub mod sockopt;
