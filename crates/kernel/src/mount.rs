@@ -131,8 +131,14 @@ pub fn change_root(new_root: &Path) -> Result<()> {
     rustix::process::chdir(new_root).map_err(|errno| Error::new("chdir", new_root.display(), errno))?;
     // With both arguments "." the old root ends up mounted over the new one, and is taken away again
     // (pivot_root(2), Notes): no directory for it is needed.
-    rustix::process::pivot_root(".", ".")
-        .map_err(|errno| Error::new("pivot_root", new_root.display(), errno))?;
+    rustix::process::pivot_root(".", ".").map_err(|errno| {
+        let hint = if errno == rustix::io::Errno::INVAL {
+            " (not possible where the host's root is its initial RAM filesystem: switch_root(8) first)"
+        } else {
+            ""
+        };
+        Error::new("pivot_root", format_args!("{}{hint}", new_root.display()), errno)
+    })?;
     rustix::mount::unmount(".", UnmountFlags::DETACH)
         .map_err(|errno| Error::new("umount2", "the old root", errno))?;
     rustix::process::chdir("/").map_err(|errno| Error::new("chdir", "/", errno))

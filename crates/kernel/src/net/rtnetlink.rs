@@ -8,8 +8,8 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
-    NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST,
+    NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeader, AddressHeaderFlags, AddressMessage,
@@ -254,18 +254,31 @@ impl Rtnetlink {
     }
 
     /// Sends one request for a list, and returns it whole. `object` names what is listed, for messages.
+    ///
+    /// # Errors
+    /// `EINTR` if the list changed during each of several attempts to read it.
     pub fn dump(&mut self, request: RouteNetlinkMessage, object: &str) -> Result<Vec<RouteNetlinkMessage>> {
+        const ATTEMPTS: u32 = 16;
         let operation = operation(&request);
-        self.exchange(request, NLM_F_REQUEST | NLM_F_DUMP, operation, object)
+        for _ in 0..ATTEMPTS {
+            if let Some(list) =
+                self.exchange(request.clone(), NLM_F_REQUEST | NLM_F_DUMP, operation, object)?
+            {
+                return Ok(list);
+            }
+        }
+        Err(Error::new(operation, object, std::io::Error::from_raw_os_error(libc::EINTR)))
     }
 
+    /// Sends a request and gathers the answers to it: `None` if they are a list that changed meanwhile, so
+    /// that something may be missing.
     fn exchange(
         &mut self,
         request: RouteNetlinkMessage,
         flags: u16,
         operation: &'static str,
         object: &str,
-    ) -> Result<Vec<RouteNetlinkMessage>> {
+    ) -> Result<Option<Vec<RouteNetlinkMessage>>> {
         fault::point();
         let error = |source: std::io::Error| Error::new(operation, object, source);
         self.sequence = self.sequence.wrapping_add(1);
@@ -279,6 +292,7 @@ impl Rtnetlink {
         self.socket.send(&buffer, 0).map_err(error)?;
 
         let mut answers = Vec::new();
+        let mut consistent = true;
         loop {
             let (datagram, _) = self.socket.recv_from_full().map_err(error)?;
             let mut rest = datagram.as_slice();
@@ -290,13 +304,16 @@ impl Rtnetlink {
                 if message.header.sequence_number != self.sequence {
                     continue;
                 }
+                consistent &= message.header.flags & NLM_F_DUMP_INTR == 0;
                 match message.payload {
                     NetlinkPayload::InnerMessage(answer) => answers.push(answer),
                     NetlinkPayload::Error(refusal) if refusal.code.is_some() => {
                         return Err(error(refusal.to_io()));
                     }
                     // An "error" of code 0 is the acknowledgement.
-                    NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => return Ok(answers),
+                    NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => {
+                        return Ok(consistent.then_some(answers));
+                    }
                     _ => {}
                 }
             }
