@@ -269,7 +269,9 @@ impl Outbox {
         self.counts.messages_sent.fetch_add(1, Ordering::Relaxed);
         if self.gathered.len() + length <= GATHER {
             self.gathered.extend_from_slice(&header.0);
-            parts.iter().for_each(|part| self.gathered.extend_from_slice(part));
+            for part in parts {
+                self.gathered.extend_from_slice(part);
+            }
         } else {
             let gathered = std::mem::take(&mut self.gathered);
             let mut all = vec![gathered.as_slice(), &header.0];

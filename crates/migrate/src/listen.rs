@@ -227,7 +227,7 @@ impl Desk<'_> {
                     Ok(Some((Purpose::Ask, transport))) => self.answer(transport),
                     Ok(None) => {}
                     Err(error) => {
-                        tracing::debug!(%from, %error, "a connection did not get as far as the ticket")
+                        tracing::debug!(%from, %error, "a connection did not get as far as the ticket");
                     }
                 }
             });
@@ -279,7 +279,7 @@ impl Desk<'_> {
             Ok(true) => self.tell(Event::Settled),
             Ok(false) => {}
             Err(error) => {
-                tracing::warn!(error = crate::message::chain(&error), "a question was not answered")
+                tracing::warn!(error = crate::message::chain(&error), "a question was not answered");
             }
         }
     }

@@ -47,9 +47,10 @@ pub(crate) fn connect(
             .get_ref()
             .and_then(|error| error.downcast_ref::<rustls::Error>())
             .is_some_and(|error| *error == rustls::Error::InvalidCertificate(pinned));
-        match wrong_key {
-            true => ConnectError::WrongKey { address: address.clone() },
-            false => ConnectError::Tls { address: address.clone(), source },
+        if wrong_key {
+            ConnectError::WrongKey { address: address.clone() }
+        } else {
+            ConnectError::Tls { address: address.clone(), source }
         }
     };
     let connection = client_connection(ticket).map_err(|error| failed(io::Error::other(error)))?;
@@ -196,9 +197,10 @@ impl ServerCertVerifier for Pinned {
         _ocsp: &[u8],
         _now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        match self.ticket.pins(certificate) {
-            true => Ok(ServerCertVerified::assertion()),
-            false => Err(rustls::Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure)),
+        if self.ticket.pins(certificate) {
+            Ok(ServerCertVerified::assertion())
+        } else {
+            Err(rustls::Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure))
         }
     }
 

@@ -50,9 +50,8 @@ fn one_owner(scene: &Scene, source: &Source, started: bool, what: &str) -> Way {
     if let Some(record) = scene.destination.arrival(scene.offer.id).expect("record") {
         let says = match record.arrival {
             Arrival::Started(_) => true,
-            Arrival::NeverStarted(_) => false,
             // A receiver that is gone without a word never started: the next question says so.
-            Arrival::Receiving | Arrival::Ready => false,
+            Arrival::NeverStarted(_) | Arrival::Receiving | Arrival::Ready => false,
             Arrival::Starting => panic!("{what}: {record:?}"),
         };
         assert_eq!(says, started, "{what}: {record:?}");
@@ -69,7 +68,7 @@ fn one_owner(scene: &Scene, source: &Source, started: bool, what: &str) -> Way {
     if moved { Way::ToDestination } else { Way::ToSource }
 }
 
-fn sweep(mishaps: Vec<Mishap>, fault: Fault, threads: usize) -> Vec<(Mishap, Way)> {
+fn sweep(mishaps: &[Mishap], fault: Fault, threads: usize) -> Vec<(Mishap, Way)> {
     let next = AtomicUsize::new(0);
     let run = |mishap: Mishap| {
         let scene = Scene::new(short_limits());
@@ -107,7 +106,7 @@ fn the_messages_are_the_ones_that_are_cut() {
 
 #[test]
 fn a_cut_at_any_message_leaves_one_owner() {
-    let ends = sweep(all_places(Harm::Close, &[Place::Before, Place::Inside, Place::After]), Fault::None, 4);
+    let ends = sweep(&all_places(Harm::Close, &[Place::Before, Place::Inside, Place::After]), Fault::None, 4);
     let (hand_over, started) = (10, 3);
     for (mishap, owner) in ends {
         let arrived = match mishap.way {
@@ -122,24 +121,25 @@ fn a_cut_at_any_message_leaves_one_owner() {
 
 #[test]
 fn a_cut_while_a_failed_start_is_told_leaves_one_owner() {
-    let ends = sweep(all_places(Harm::Close, &[Place::Before, Place::Inside, Place::After]), Fault::Start, 4);
+    let ends =
+        sweep(&all_places(Harm::Close, &[Place::Before, Place::Inside, Place::After]), Fault::Start, 4);
     assert!(ends.iter().all(|(_, owner)| *owner == Way::ToSource), "{ends:?}");
 }
 
 #[test]
 fn silence_from_any_message_on_leaves_one_owner() {
-    sweep(all_places(Harm::Silence, &[Place::Before, Place::Inside, Place::After]), Fault::None, 12);
+    sweep(&all_places(Harm::Silence, &[Place::Before, Place::Inside, Place::After]), Fault::None, 12);
 }
 
 #[test]
 fn a_network_that_takes_no_more_leaves_one_owner() {
-    sweep(all_places(Harm::Stall, &[Place::Inside, Place::After]), Fault::None, 12);
+    sweep(&all_places(Harm::Stall, &[Place::Inside, Place::After]), Fault::None, 12);
 }
 
 #[test]
 fn a_damaged_or_lost_message_leaves_one_owner() {
-    sweep(all_places(Harm::Flip, &[Place::Before, Place::Inside, Place::After]), Fault::None, 12);
-    sweep(all_places(Harm::Lose, &[Place::Before]), Fault::None, 12);
+    sweep(&all_places(Harm::Flip, &[Place::Before, Place::Inside, Place::After]), Fault::None, 12);
+    sweep(&all_places(Harm::Lose, &[Place::Before]), Fault::None, 12);
 }
 
 #[test]

@@ -46,7 +46,9 @@ fn offer() -> Vec<u8> {
 fn after_offer(more: &[Vec<u8>]) -> Vec<u8> {
     let mut bytes = hello(1, 1);
     bytes.extend(offer());
-    more.iter().for_each(|part| bytes.extend_from_slice(part));
+    for part in more {
+        bytes.extend_from_slice(part);
+    }
     bytes
 }
 
@@ -155,10 +157,13 @@ fn every_message_in_the_wrong_place_is_an_error() {
         first.extend_from_slice(&junk);
         assert!(destination_reads(&first).is_err(), "{kind:?} first");
         assert!(destination_reads(&[hello(1, 1), junk.clone()].concat()).is_err(), "{kind:?} as an offer");
-        assert!(destination_reads(&after_offer(&[junk.clone()])).is_err(), "{kind:?} as content");
+        assert!(destination_reads(&after_offer(std::slice::from_ref(&junk))).is_err(), "{kind:?} as content");
         assert!(destination_reads(&after_offer(&[state.clone(), junk])).is_err(), "{kind:?} in a state");
     }
 }
+
+/// Content, and the error that it must meet.
+type Case = (Vec<Vec<u8>>, fn(&ContentError) -> bool);
 
 #[test]
 fn content_that_contradicts_itself_is_refused() {
@@ -170,7 +175,7 @@ fn content_that_contradicts_itself_is_refused() {
         frame(Kind::Pages, &payload)
     };
     let end = End { states: 0, memory_bytes: 0, blobs: 0, blob_bytes: 0, messages: 0, digest: vec![0; 32] };
-    let cases: [(Vec<Vec<u8>>, fn(&ContentError) -> bool); 8] = [
+    let cases: [Case; 8] = [
         (vec![message(Kind::State, &State { name: "a".to_owned(), length: u64::MAX })], |error| {
             matches!(error, ContentError::StateLength { .. })
         }),

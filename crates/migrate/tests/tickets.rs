@@ -229,7 +229,10 @@ fn the_outcome_can_be_asked_for_with_the_used_ticket() {
         let ready = sending.finish().expect("ready");
         scene.world.freeze();
         // The network is cut while the source seals, just before `HandOver` is sent.
-        let seal = || Ok::<_, std::io::Error>(forward.cut());
+        let seal = || {
+            forward.cut();
+            Ok::<_, std::io::Error>(())
+        };
         let outcome = ready.hand_over(&scene.source, &mut address, seal).expect("an outcome");
         assert!(matches!(outcome, Outcome::Kept { .. }), "{outcome:?}");
         scene.world.start();
