@@ -82,7 +82,11 @@ impl Cgroup {
     /// Freezes the group's processes, or lets them run on (`cgroup.freeze`, version 2). Stays so when this
     /// process ends.
     pub fn freeze(&self, frozen: bool) -> Result<(), CgroupError> {
-        let file = self.directories.iter().map(|directory| directory.join("cgroup.freeze")).find(|file| file.exists());
+        let file = self
+            .directories
+            .iter()
+            .map(|directory| directory.join("cgroup.freeze"))
+            .find(|file| file.exists());
         match file {
             Some(file) => fs::write(&file, if frozen { "1" } else { "0" })
                 .map_err(|source| CgroupError::io("write", &file, source)),
@@ -215,7 +219,9 @@ fn parse_hierarchy(line: &str) -> Option<Hierarchy> {
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     /// No version 2 hierarchy.
-    #[error("no cgroup version 2 hierarchy is mounted, which freezing needs: mount one, for instance on /sys/fs/cgroup/unified")]
+    #[error(
+        "no cgroup version 2 hierarchy is mounted, which freezing needs: mount one, for instance on /sys/fs/cgroup/unified"
+    )]
     NoFreezer,
     /// Nothing here can limit memory.
     #[error(
