@@ -4,6 +4,7 @@
 //! root and a writable layer, a veth pair into a bridge, a control group. No process of Limosa stays behind a
 //! running container. It isolates, but is no fence against hostile programs: they run as the host's root.
 
+mod capture;
 mod cgroup;
 mod config;
 mod exec;
@@ -11,6 +12,8 @@ mod foreground;
 pub mod layer;
 mod link;
 mod logs;
+pub mod migration;
+mod rebuild;
 mod registry;
 mod root;
 pub mod rootfs;
@@ -20,12 +23,14 @@ mod stop;
 mod terminal;
 mod undo;
 
+pub use capture::{CapturedContainer, ContainerCaptureError, ContainerState, Source};
 pub use cgroup::{Cgroup, CgroupError};
 pub use config::{Address, Config, DEFAULT_PATH, Name, Network, ParseError, parse_size};
 pub use exec::{ExecError, exec};
 pub use foreground::{run_in_foreground, run_on_terminal};
 pub use link::{INTERFACE, LinkError};
 pub use logs::{LogsError, copy_log};
+pub use rebuild::{Prepared, RebuildError, Restored, check_root, holds_container, prepare};
 pub use registry::{DEFAULT_STATE_DIR, Init, Listed, Paths, Record, Registry, RegistryError, Reservation};
 pub use root::RootError;
 pub use run::{LOG_KEY, RunError, Started, Streams, run, start};

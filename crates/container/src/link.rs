@@ -86,6 +86,11 @@ pub(crate) fn configure(network: &Network) -> Result<(), LinkError> {
     Ok(())
 }
 
+/// Whether the calling thread's network namespace has a link of this name.
+pub(crate) fn exists(name: &str) -> bool {
+    Rtnetlink::open().is_ok_and(|mut host| find(&mut host, name).is_ok())
+}
+
 /// The hardware address of `eth0` of process `pid`.
 pub(crate) fn hardware_address(pid: i32) -> Result<[u8; 6], LinkError> {
     let namespace = limosa_kernel::namespace::of_process(pid, limosa_kernel::namespace::Kind::Network)?;

@@ -40,6 +40,8 @@ pub struct Options {
 #[derive(Debug)]
 pub struct Captured {
     frozen: Frozen,
+    /// Whether the kernel ends and reaps all with the root, which leads a PID namespace.
+    own_pid_namespace: bool,
 }
 
 /// Freezes the tree rooted at `root` and puts everything about it into `sink`.
@@ -74,8 +76,9 @@ pub fn capture(
     report.mappings = tree.living().map(|(_, body)| body.mappings.len()).sum();
     report.descriptions = tree.descriptions.len();
     report.phase("state", |_| limosa_image::put(sink, TREE, &tree))?;
+    let own_pid_namespace = tree.namespaces.own.iter().any(|kind| kind == "pid");
     drop(views);
-    Ok(Captured { frozen })
+    Ok(Captured { frozen, own_pid_namespace })
 }
 
 impl Captured {
@@ -86,6 +89,9 @@ impl Captured {
 
     /// Ends the tree, which lives on in the checkpoint.
     pub fn end(self) -> Result<(), CaptureError> {
+        if self.own_pid_namespace {
+            return self.frozen.end(|_, _| {});
+        }
         self.frozen.end(reap_children)
     }
 }

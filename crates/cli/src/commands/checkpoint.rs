@@ -4,10 +4,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
 
-use anyhow::Context as _;
 use clap::Args;
+use limosa_container::{CapturedContainer, Name, Source};
+use limosa_engine::checkpoint::Captured;
 use limosa_engine::{Report, checkpoint};
-use limosa_image::{CheckpointWriter, Meta};
+use limosa_image::{CheckpointWriter, Committed, Meta};
 use serde::Serialize;
 
 use crate::context::{Context, Outcome};
@@ -18,7 +19,7 @@ pub enum Target {
     /// The process tree rooted at this PID.
     Pid(i32),
     /// The container of this name.
-    Name(limosa_container::Name),
+    Name(Name),
 }
 
 impl FromStr for Target {
@@ -31,19 +32,6 @@ impl FromStr for Target {
                 _ => anyhow::bail!("'{number}' is not a process ID"),
             },
             None => Ok(Self::Name(text.parse()?)),
-        }
-    }
-}
-
-impl Target {
-    /// The root of the tree, as a PID here.
-    pub fn root(&self, context: &Context) -> anyhow::Result<i32> {
-        match self {
-            Self::Pid(pid) => Ok(*pid),
-            Self::Name(name) => {
-                let record = context.registry().load(name)?;
-                record.running().with_context(|| format!("container {name} does not run"))
-            }
         }
     }
 }
@@ -83,20 +71,11 @@ struct Done {
 impl Checkpoint {
     /// Makes the checkpoint.
     pub fn execute(self, context: &Context) -> Outcome {
-        let root = self.target.root(context)?;
         let mut report = Report::default();
-        let mut writer = CheckpointWriter::create(&self.out)?;
-        let captured = checkpoint::capture(root, &mut writer, &checkpoint::Options::default(), &mut report)?;
-        let meta = Meta::new(kernel_release(), Vec::new());
-        // A source that goes on need not wait for the disk.
-        let (committed, freeze_us) = if self.leave_running {
-            captured.release()?;
-            let freeze_us = report.elapsed_us();
-            (report.phase("commit", |_| writer.commit(meta))?, freeze_us)
-        } else {
-            let committed = report.phase("commit", |_| writer.commit(meta))?;
-            report.phase("end", |_| captured.end())?;
-            (committed, report.elapsed_us())
+        let writer = CheckpointWriter::create(&self.out)?;
+        let (committed, freeze_us) = match &self.target {
+            Target::Pid(pid) => self.process_tree(*pid, writer, &mut report)?,
+            Target::Name(name) => self.container(context, name, writer, &mut report)?,
         };
         let done = Done {
             checkpoint: committed.path.clone(),
@@ -117,6 +96,50 @@ impl Checkpoint {
         );
         context.report(&done, text)?;
         Ok(ExitCode::SUCCESS)
+    }
+
+    fn process_tree(
+        &self,
+        root: i32,
+        mut writer: CheckpointWriter,
+        report: &mut Report,
+    ) -> anyhow::Result<(Committed, u64)> {
+        let captured = checkpoint::capture(root, &mut writer, &checkpoint::Options::default(), report)?;
+        self.conclude(writer, captured, report, Captured::release, Captured::end)
+    }
+
+    fn container(
+        &self,
+        context: &Context,
+        name: &Name,
+        mut writer: CheckpointWriter,
+        report: &mut Report,
+    ) -> anyhow::Result<(Committed, u64)> {
+        let registry = context.registry();
+        let source = Source::find(&registry, name)?;
+        let captured = source.capture(&registry, &mut writer, report)?;
+        self.conclude(writer, captured, report, CapturedContainer::release, |captured| captured.end(&registry))
+    }
+
+    /// Makes the checkpoint durable, and lets the source run on (then it need not wait for the disk) or ends it.
+    /// Returns what was committed, and microseconds from the start until the source ran on or had ended.
+    fn conclude<C, E: std::error::Error + Send + Sync + 'static>(
+        &self,
+        writer: CheckpointWriter,
+        captured: C,
+        report: &mut Report,
+        release: impl FnOnce(C) -> Result<(), E>,
+        end: impl FnOnce(C) -> Result<(), E>,
+    ) -> anyhow::Result<(Committed, u64)> {
+        let meta = Meta::new(kernel_release(), Vec::new());
+        if self.leave_running {
+            release(captured)?;
+            let freeze_us = report.elapsed_us();
+            return Ok((report.phase("commit", |_| writer.commit(meta))?, freeze_us));
+        }
+        let committed = report.phase("commit", |_| writer.commit(meta))?;
+        report.phase("end", |_| end(captured))?;
+        Ok((committed, report.elapsed_us()))
     }
 }
 

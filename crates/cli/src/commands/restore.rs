@@ -20,6 +20,10 @@ pub struct Restore {
     /// The checkpoint's directory.
     dir: PathBuf,
 
+    /// The container's name here, if it is to be another one.
+    #[arg(long)]
+    name: Option<limosa_container::Name>,
+
     /// Return when the tree runs; otherwise wait and pass on its exit status.
     #[arg(long)]
     detach: bool,
@@ -48,7 +52,10 @@ impl Restore {
     pub fn execute(self, context: &Context) -> Outcome {
         let mut report = Report::default();
         let checkpoint = report.phase("open", |_| Checkpoint::open(&self.dir))?;
-        let options = restore::Options { root: self.root, ..restore::Options::default() };
+        if limosa_container::holds_container(&checkpoint) {
+            return self.container(context, &checkpoint, report);
+        }
+        let options = restore::Options { root: self.root.clone(), ..restore::Options::default() };
         let planned = report.phase("plan", |_| restore::Planned::new(&checkpoint, options))?;
         let loaded = planned.build(&mut report)?;
         if let Some(path) = &self.pidfile {
@@ -56,7 +63,23 @@ impl Restore {
                 .with_context(|| format!("writing {}", path.display()))?;
         }
         let started = loaded.start(&mut report)?;
-        let done = Done { pid: started.root, first_instruction_us: report.elapsed_us(), report };
+        self.conclude(context, started.root, report)
+    }
+
+    fn container(self, context: &Context, checkpoint: &Checkpoint, mut report: Report) -> Outcome {
+        let registry = context.registry();
+        let prepared = limosa_container::prepare(&registry, checkpoint, self.name.clone(), &mut report)?;
+        let restored = prepared.start(&registry, &mut report)?;
+        if let Some(path) = &self.pidfile {
+            std::fs::write(path, format!("{}\n", restored.pid))
+                .with_context(|| format!("writing {}", path.display()))?;
+        }
+        self.conclude(context, restored.pid, report)
+    }
+
+    /// Reports, and waits for the root's end if that is wanted.
+    fn conclude(self, context: &Context, root: i32, report: Report) -> Outcome {
+        let done = Done { pid: root, first_instruction_us: report.elapsed_us(), report };
         let text = format!(
             "process {} runs: {} processes, {} threads; first instruction after {:.1} ms\n",
             done.pid,
@@ -68,7 +91,7 @@ impl Restore {
         if self.detach {
             return Ok(ExitCode::SUCCESS);
         }
-        wait_for(started.root)
+        wait_for(root)
     }
 }
 

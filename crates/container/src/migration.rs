@@ -1,0 +1,244 @@
+//! Migration of a container: what the protocol's two sides do with it.
+
+use std::error::Error;
+
+use limosa_engine::Report;
+use limosa_image::{Checkpoint, Meta, Sink, Staging, WriteError, cbor};
+use limosa_migrate::{
+    Connect, Destination, FinishError, HandOverError, Limits, MigrationId, NegotiateError, Offer, Outcome, Outgoing,
+    PeerError, Purpose, Refusal, Remains, StartReport, Store, Watch,
+};
+
+use crate::capture::{ContainerCaptureError, ContainerState, Source};
+use crate::config::Name;
+use crate::rebuild::{self, Prepared, RebuildError, Restored};
+use crate::registry::Registry;
+use crate::stop;
+
+/// How a migration went, for the source.
+#[derive(Debug)]
+pub struct Migrated {
+    /// Its ID, for later questions.
+    pub id: MigrationId,
+    /// Who owns the container now.
+    pub outcome: Outcome,
+    /// Microseconds from the freeze to the destination's start, as the source saw it.
+    pub frozen_us: u64,
+}
+
+/// Moves the container `name` to whatever `connect` reaches. On an error it runs on here.
+pub fn migrate<C: Connect>(
+    registry: &Registry,
+    name: &Name,
+    connect: &mut C,
+    store: &Store,
+    watch: Watch<'_>,
+    report: &mut Report,
+) -> Result<Migrated, MigrateError> {
+    let limits = Limits::default();
+    let source = Source::find(registry, name)?;
+    let id = MigrationId::random().map_err(MigrateError::Id)?;
+    let mut offer = Offer::new(id, name.as_str());
+    offer.memory_bytes = resident_bytes(source.pid());
+    offer.extra = cbor::encode(source.state()).map_err(|error| MigrateError::Encode(Box::new(error)))?;
+    if let Some(network) = &source.state().config.network {
+        offer.addresses = network.addresses.iter().map(ToString::to_string).collect();
+    }
+    let mut outgoing = report.phase("negotiate", |_| -> Result<_, MigrateError> {
+        let transport =
+            connect.connect(Purpose::Migrate, &limits).map_err(|error| MigrateError::Connect(Box::new(error)))?;
+        Ok(Outgoing::connect(transport, &limits, watch)?.negotiate(&offer)?)
+    })?;
+    let frozen_at = report.elapsed_us();
+    let mut captured = source.capture(registry, &mut outgoing, report)?;
+    let ready = report.phase("destination builds", |_| outgoing.finish())?;
+    let outcome = report.phase("hand over", |_| {
+        ready.hand_over(store, connect, || {
+            captured.disconnect()?;
+            captured.seal()
+        })
+    });
+    let frozen_us = report.elapsed_us() - frozen_at;
+    match outcome {
+        Ok(outcome) => {
+            match &outcome {
+                Outcome::Moved(_) => report.phase("end", |_| captured.end(registry))?,
+                Outcome::Kept { .. } => captured.release()?,
+                // Sealed, it stays frozen without us, until somebody finds out.
+                Outcome::Unknown { .. } => drop(captured),
+            }
+            Ok(Migrated { id, outcome, frozen_us })
+        }
+        Err(error) => {
+            captured.release()?;
+            Err(error.into())
+        }
+    }
+}
+
+/// Resident memory of a process, bytes: an estimate for the destination.
+fn resident_bytes(pid: i32) -> u64 {
+    let statm = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
+    statm.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).map_or(0, |pages| pages * 4096)
+}
+
+/// A container did not move.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrateError {
+    /// It could not be captured.
+    #[error(transparent)]
+    Capture(#[from] ContainerCaptureError),
+    /// No random numbers.
+    #[error("cannot choose an ID for the migration")]
+    Id(#[source] std::io::Error),
+    /// The description could not be encoded.
+    #[error("cannot describe the container")]
+    Encode(#[source] Box<dyn Error + Send + Sync>),
+    /// The destination could not be reached.
+    #[error("cannot reach the destination")]
+    Connect(#[source] Box<dyn Error + Send + Sync>),
+    /// The conversation failed.
+    #[error("the migration was broken off; the container runs on here")]
+    Peer(#[from] PeerError),
+    /// The destination does not take it.
+    #[error("the destination did not take the container; it runs on here")]
+    Negotiate(#[from] NegotiateError),
+    /// The destination could not build it.
+    #[error("the destination could not build the container; it runs on here")]
+    Finish(#[from] FinishError),
+    /// The hand-over failed.
+    #[error("the container could not be handed over; it runs on here")]
+    HandOver(#[from] HandOverError),
+}
+
+/// The destination's side: containers that arrive are built in `registry`.
+pub struct Arrivals<'a> {
+    registry: &'a Registry,
+    staging: Staging,
+    /// What was built and when.
+    pub report: Report,
+    /// The container that was started, if one was.
+    pub restored: Option<Restored>,
+}
+
+impl<'a> Arrivals<'a> {
+    /// A destination for one migration.
+    pub fn new(registry: &'a Registry) -> Result<Self, WriteError> {
+        Ok(Self { registry, staging: Staging::new()?, report: Report::default(), restored: None })
+    }
+
+    /// All reasons against taking the container.
+    fn objections(&self, state: &ContainerState) -> Vec<Refusal> {
+        let refusal = |what: &str, why: String, remedy: Option<&str>| Refusal {
+            what: what.into(),
+            why,
+            remedy: remedy.map(Into::into),
+        };
+        let mut objections = Vec::new();
+        let name = &state.config.name;
+        if self.registry.paths(name).directory().exists() {
+            let why = format!("there is a container {name} here already");
+            objections.push(refusal("name", why, Some("remove or rename one of them")));
+        }
+        if let Err(error) = rebuild::check_root(state) {
+            objections.push(refusal("read-only layer", chain(&error), None));
+        }
+        if let Some(network) = &state.config.network
+            && !crate::link::exists(&network.bridge)
+        {
+            let why = format!("there is no bridge {} here", network.bridge);
+            objections.push(refusal("network", why, Some("make it with `ip link add NAME type bridge`")));
+        }
+        objections
+    }
+}
+
+/// An error with all its causes, in one line.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+impl Destination for Arrivals<'_> {
+    type Prepared = Box<Prepared>;
+    type Error = ArrivalError;
+
+    fn preflight(&mut self, offer: &Offer) -> Result<(), Vec<Refusal>> {
+        let objections = match cbor::decode::<ContainerState>(&offer.extra) {
+            Ok(state) => self.objections(&state),
+            Err(error) => vec![Refusal {
+                what: "description".into(),
+                why: format!("the container's description cannot be understood: {error}"),
+                remedy: Some("use the same version of Limosa on both hosts".into()),
+            }],
+        };
+        if objections.is_empty() { Ok(()) } else { Err(objections) }
+    }
+
+    fn sink(&mut self) -> &mut dyn Sink {
+        &mut self.staging
+    }
+
+    fn prepare(&mut self, offer: &Offer) -> Result<Self::Prepared, ArrivalError> {
+        let staging = std::mem::replace(&mut self.staging, Staging::new()?);
+        let checkpoint: Checkpoint = staging.into_checkpoint(Meta::new("", Vec::new()))?;
+        let prepared = rebuild::prepare(self.registry, &checkpoint, None, &mut self.report)?;
+        if prepared.name().as_str() != offer.container {
+            return Err(ArrivalError::OtherName);
+        }
+        Ok(Box::new(prepared))
+    }
+
+    fn start(&mut self, prepared: Self::Prepared) -> Result<StartReport, ArrivalError> {
+        let restored = prepared.start(self.registry, &mut self.report)?;
+        self.restored = Some(restored);
+        Ok(StartReport { start_us: self.report.duration_us("start").unwrap_or(0), ..StartReport::default() })
+    }
+
+    fn discard(&mut self, prepared: Option<Self::Prepared>) {
+        drop(prepared);
+        if let Ok(empty) = Staging::new() {
+            self.staging = empty;
+        }
+    }
+
+    fn remains(&mut self, offer: &Offer) -> Result<Remains, ArrivalError> {
+        let Ok(name) = offer.container.parse::<Name>() else { return Ok(Remains::Nothing) };
+        match self.registry.load(&name) {
+            Ok(record) => match record.running() {
+                Some(_) => Ok(Remains::Running(StartReport::default())),
+                None => {
+                    stop::remove(self.registry, &name, true)?;
+                    Ok(Remains::Nothing)
+                }
+            },
+            Err(crate::RegistryError::Unknown { .. }) => Ok(Remains::Nothing),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// A container that arrived could not be built or started.
+#[derive(Debug, thiserror::Error)]
+pub enum ArrivalError {
+    /// It could not be built.
+    #[error(transparent)]
+    Rebuild(#[from] RebuildError),
+    /// It could not be staged.
+    #[error(transparent)]
+    Stage(#[from] WriteError),
+    /// It is not the container that was offered.
+    #[error("the checkpoint is not of the container that was offered")]
+    OtherName,
+    /// What is known here could not be read.
+    #[error(transparent)]
+    Registry(#[from] crate::RegistryError),
+    /// Remains could not be removed.
+    #[error(transparent)]
+    Stop(#[from] crate::StopError),
+}
