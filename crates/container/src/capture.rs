@@ -131,7 +131,9 @@ impl CapturedContainer {
 
     /// Lets it run on.
     pub fn release(self) -> Result<(), ContainerCaptureError> {
-        if self.disconnected && let Some(name) = &self.record.host_link {
+        if self.disconnected
+            && let Some(name) = &self.record.host_link
+        {
             link::set_up(name, true)?;
         }
         self.record.cgroup.freeze(false)?;

@@ -5,8 +5,8 @@ use std::error::Error;
 use limosa_engine::Report;
 use limosa_image::{Checkpoint, Meta, Sink, Staging, WriteError, cbor};
 use limosa_migrate::{
-    Connect, Destination, FinishError, HandOverError, Limits, MigrationId, NegotiateError, Offer, Outcome, Outgoing,
-    PeerError, Purpose, Refusal, Remains, StartReport, Store, Watch,
+    Connect, Destination, FinishError, HandOverError, Limits, MigrationId, NegotiateError, Offer, Outcome,
+    Outgoing, PeerError, Purpose, Refusal, Remains, StartReport, Store, Watch,
 };
 
 use crate::capture::{ContainerCaptureError, ContainerState, Source};
@@ -45,8 +45,9 @@ pub fn migrate<C: Connect>(
         offer.addresses = network.addresses.iter().map(ToString::to_string).collect();
     }
     let mut outgoing = report.phase("negotiate", |_| -> Result<_, MigrateError> {
-        let transport =
-            connect.connect(Purpose::Migrate, &limits).map_err(|error| MigrateError::Connect(Box::new(error)))?;
+        let transport = connect
+            .connect(Purpose::Migrate, &limits)
+            .map_err(|error| MigrateError::Connect(Box::new(error)))?;
         Ok(Outgoing::connect(transport, &limits, watch)?.negotiate(&offer)?)
     })?;
     let frozen_at = report.elapsed_us();

@@ -91,8 +91,7 @@ pub fn prepare(
     let shell = report.phase("shell", |_| Shell::prepare(&config, &paths, &options))?;
     let planned = planned.with(Options { root: None, place: Some(place(&shell)?), externals });
     let loaded = planned.build(report)?;
-    let init = Init::of(loaded.root())
-        .map_err(|source| RunError::Vanished { pid: loaded.root(), source })?;
+    let init = Init::of(loaded.root()).map_err(|source| RunError::Vanished { pid: loaded.root(), source })?;
     let host_link = shell.host_link().map(str::to_owned);
     let record = Record::new(config, Some(init), shell.cgroup().clone(), host_link);
     Ok(Prepared { loaded, shell, reservation, record })

@@ -118,7 +118,9 @@ impl Checkpoint {
         let registry = context.registry();
         let source = Source::find(&registry, name)?;
         let captured = source.capture(&registry, &mut writer, report)?;
-        self.conclude(writer, captured, report, CapturedContainer::release, |captured| captured.end(&registry))
+        self.conclude(writer, captured, report, CapturedContainer::release, |captured| {
+            captured.end(&registry)
+        })
     }
 
     /// Makes the checkpoint durable, and lets the source run on (then it need not wait for the disk) or ends it.
