@@ -23,6 +23,18 @@ impl Context {
         Registry::new(&self.state_dir)
     }
 
+    /// Writes one line to standard output at once, for whoever waits for it: as JSON if asked for.
+    pub fn announce(&self, line: &impl Serialize, text: impl fmt::Display) -> anyhow::Result<()> {
+        let mut output = io::stdout().lock();
+        if self.json {
+            serde_json::to_writer(&mut output, line)?;
+            writeln!(output)?;
+        } else {
+            writeln!(output, "{text}")?;
+        }
+        Ok(output.flush()?)
+    }
+
     /// Writes the report of a subcommand to standard output: as JSON if asked for, otherwise as `text`.
     pub fn report(&self, report: &impl Serialize, text: impl fmt::Display) -> anyhow::Result<()> {
         let mut output = io::stdout().lock();

@@ -2,6 +2,7 @@
 
 mod commands;
 mod context;
+mod progress;
 
 use std::io::Write;
 use std::path::PathBuf;

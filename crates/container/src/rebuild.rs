@@ -86,14 +86,13 @@ pub fn prepare(
         time_offsets: clocks.map_or_else(TimeOffsets::default, |clocks| clocks.offsets()),
         configure_network: true,
         connect: false,
+        new_layer: false,
         mac: state.mac,
     };
     let shell = report.phase("shell", |_| Shell::prepare(&config, &paths, &options))?;
     let planned = planned.with(Options { root: None, place: Some(place(&shell)?), externals });
     let loaded = planned.build(report)?;
-    let init = Init::of(loaded.root()).map_err(|source| RunError::Vanished { pid: loaded.root(), source })?;
-    let host_link = shell.host_link().map(str::to_owned);
-    let record = Record::new(config, Some(init), shell.cgroup().clone(), host_link);
+    let record = shell.record(Some(Init::of(loaded.root())?));
     Ok(Prepared { loaded, shell, reservation, record })
 }
 

@@ -4,6 +4,7 @@ mod checkpoint;
 mod containers;
 mod exec;
 mod logs;
+mod migrate;
 mod restore;
 mod run;
 
@@ -16,6 +17,8 @@ use crate::context::{Context, Outcome};
 pub enum Command {
     Checkpoint(checkpoint::Checkpoint),
     Restore(restore::Restore),
+    Migrate(migrate::Migrate),
+    Receive(migrate::Receive),
     Run(run::Run),
     Exec(exec::Exec),
     Logs(logs::Logs),
@@ -30,6 +33,8 @@ impl Command {
         match self {
             Self::Checkpoint(command) => command.execute(context),
             Self::Restore(command) => command.execute(context),
+            Self::Migrate(command) => command.execute(context),
+            Self::Receive(command) => command.execute(context),
             Self::Run(command) => command.execute(context),
             Self::Exec(command) => command.execute(context),
             Self::Logs(command) => command.execute(context),

@@ -1,0 +1,164 @@
+//! `limosa migrate` and `limosa receive`.
+
+use std::net::SocketAddr;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::Args;
+use limosa_container::Name;
+use limosa_container::migration::{self, Arrivals};
+use limosa_engine::Report;
+use limosa_migrate::{
+    Address, Connect as _, Limits, ListenOptions, Listener, Outcome as MigrationOutcome, Received, Store,
+    Transport,
+};
+use serde::Serialize;
+
+use crate::context::{Context, Outcome};
+use crate::progress;
+
+/// Move a running container to another host.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    limosa migrate web ssh://root@b.example\n  \
+    limosa migrate web limosa://192.0.2.7:4000/TICKET\n\n\
+    The second form takes what `limosa receive --listen 192.0.2.7:4000` printed on the other host.")]
+pub struct Migrate {
+    /// The container.
+    name: Name,
+
+    /// ssh://[user@]host[:port], or limosa://host:port/TICKET.
+    destination: String,
+}
+
+/// The report of a migration.
+#[derive(Debug, Serialize)]
+struct Done {
+    container: Name,
+    destination: String,
+    /// Microseconds from the freeze here until the destination said that it runs there.
+    frozen_us: u64,
+    #[serde(flatten)]
+    report: Report,
+}
+
+/// Where the records of migrations are kept.
+fn store(context: &Context) -> anyhow::Result<Store> {
+    Ok(Store::open(context.state_dir.join("migrations"))?)
+}
+
+impl Migrate {
+    /// Migrates.
+    pub fn execute(self, context: &Context) -> Outcome {
+        let mut address: Address = self.destination.parse()?;
+        let registry = context.registry();
+        let store = store(context)?;
+        let mut report = Report::default();
+        let watch = progress::watch(format!("{} → {}", self.name, address.redacted()), context.json);
+        let migrated = migration::migrate(&registry, &self.name, &mut address, &store, watch, &mut report)?;
+        match migrated.outcome {
+            MigrationOutcome::Moved(_) => {}
+            MigrationOutcome::Kept { reason } => {
+                return Err(
+                    anyhow::anyhow!("container {} stayed here and runs on: {reason}", self.name).into()
+                );
+            }
+            MigrationOutcome::Unknown { why } => {
+                let error = anyhow::anyhow!(
+                    "it is not known whether container {} runs at {} now ({why}); it stays frozen here so that it \
+                     never runs twice. Run `limosa settle` when the destination can be reached again",
+                    self.name,
+                    address.redacted()
+                );
+                return Err(crate::context::Failure::with_code(3, error));
+            }
+        }
+        let destination = Address::redacted(&address);
+        let done = Done { container: self.name, destination, frozen_us: migrated.frozen_us, report };
+        let text = format!(
+            "{} moved to {}: {} processes, {} threads, {:.1} MiB of memory; frozen {:.1} ms\n",
+            done.container,
+            done.destination,
+            done.report.processes,
+            done.report.threads,
+            done.report.page_bytes as f64 / 1_048_576.0,
+            done.frozen_us as f64 / 1000.0,
+        );
+        context.report(&done, text)?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Receive a container from another host.
+///
+/// Without --listen it speaks on standard input and output: `limosa migrate NAME ssh://HOST` runs it so.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  limosa receive --listen 192.0.2.7:4000\n  limosa receive --listen [::]:0"
+)]
+pub struct Receive {
+    /// Listen here, and print a one-time ticket for the source.
+    #[arg(long, value_name = "ADDR:PORT")]
+    listen: Option<SocketAddr>,
+}
+
+/// The report of a reception.
+#[derive(Debug, Serialize)]
+struct Arrived {
+    container: String,
+    pid: Option<i32>,
+    #[serde(flatten)]
+    report: Report,
+}
+
+impl Receive {
+    /// Receives one container.
+    pub fn execute(self, context: &Context) -> Outcome {
+        let registry = context.registry();
+        registry.sweep()?;
+        let store = store(context)?;
+        let mut arrivals = Arrivals::new(&registry)?;
+        let received = match self.listen {
+            None => {
+                let transport = Transport::stdio().context("standard input and output")?;
+                limosa_migrate::receive(
+                    transport,
+                    &mut arrivals,
+                    &store,
+                    &Limits::default(),
+                    limosa_migrate::unwatched(),
+                )?
+            }
+            Some(address) => {
+                let listener = Listener::bind(address, ListenOptions::default(), Limits::default())?;
+                let destination = listener.destination(address.ip().to_string());
+                context.announce(&Ticket { destination: destination.address() }, destination.address())?;
+                let watch =
+                    progress::watch(format!("receiving on {}", listener.local_address()), context.json);
+                listener.serve(&mut arrivals, &store, watch)?
+            }
+        };
+        match received {
+            Received::Started { offer, .. } => {
+                if self.listen.is_some() {
+                    let pid = arrivals.restored.as_ref().map(|restored| restored.pid);
+                    let text = format!("container {} runs here\n", offer.container);
+                    let report = arrivals.report;
+                    context.report(&Arrived { container: offer.container, pid, report }, text)?;
+                }
+                Ok(ExitCode::SUCCESS)
+            }
+            Received::Refused { reasons, .. } => {
+                let reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+                Err(anyhow::anyhow!("refused the container: {}", reasons.join("; ")).into())
+            }
+            Received::Answered { .. } => Ok(ExitCode::SUCCESS),
+        }
+    }
+}
+
+/// What a listener prints first.
+#[derive(Debug, Serialize)]
+struct Ticket {
+    destination: String,
+}
