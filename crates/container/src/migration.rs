@@ -4,9 +4,10 @@ use std::error::Error;
 
 use limosa_engine::Report;
 use limosa_image::{Checkpoint, Meta, Sink, Staging, WriteError, cbor};
+use limosa_migrate::record::DepartureRecord;
 use limosa_migrate::{
-    Connect, Destination, FinishError, HandOverError, Limits, MigrationId, NegotiateError, Offer, Outcome,
-    Outgoing, PeerError, Purpose, Refusal, Remains, StartReport, Store, Watch,
+    Address, Connect, Destination, FinishError, HandOverError, Limits, MigrationId, NegotiateError, Offer,
+    Outcome, Outgoing, PeerError, Purpose, Refusal, Remains, StartReport, Store, Watch,
 };
 
 use crate::capture::{ContainerCaptureError, ContainerState, Source};
@@ -75,6 +76,55 @@ pub fn migrate<C: Connect>(
             Err(error.into())
         }
     }
+}
+
+/// Finds out what became of a migration that was handed over from here and whose outcome is not known, and acts on it:
+/// the container that is frozen here is ended, or runs on.
+pub fn settle(registry: &Registry, store: &Store, record: &DepartureRecord) -> Result<Outcome, SettleError> {
+    let mut address: Address = record.destination.parse()?;
+    let outcome = limosa_migrate::settle(store, record.id, &mut address, &Limits::default())?;
+    let name: Name = record.container.parse()?;
+    match &outcome {
+        Outcome::Moved(_) => match stop::remove(registry, &name, true) {
+            Err(crate::StopError::Registry(crate::RegistryError::Unknown { .. })) | Ok(()) => {}
+            Err(error) => return Err(error.into()),
+        },
+        Outcome::Kept { .. } => {
+            let record = registry.load(&name)?;
+            if let Some(link) = &record.host_link {
+                crate::link::set_up(link, true)?;
+            }
+            record.cgroup.freeze(false)?;
+        }
+        Outcome::Unknown { .. } => {}
+    }
+    Ok(outcome)
+}
+
+/// A migration could not be settled.
+#[derive(Debug, thiserror::Error)]
+pub enum SettleError {
+    /// Its record.
+    #[error(transparent)]
+    Record(#[from] limosa_migrate::SettleError),
+    /// The destination in its record.
+    #[error("the record of the migration is damaged")]
+    Address(#[from] limosa_migrate::AddressError),
+    /// The name in its record.
+    #[error("the record of the migration is damaged")]
+    Name(#[from] crate::ParseError),
+    /// The container here.
+    #[error(transparent)]
+    Registry(#[from] crate::RegistryError),
+    /// The container here could not be removed.
+    #[error(transparent)]
+    Stop(#[from] crate::StopError),
+    /// The container here could not be connected again.
+    #[error(transparent)]
+    Link(#[from] crate::LinkError),
+    /// The container here could not be thawed.
+    #[error(transparent)]
+    Cgroup(#[from] crate::CgroupError),
 }
 
 /// Resident memory of a process, bytes: an estimate for the destination.

@@ -89,6 +89,43 @@ impl Migrate {
     }
 }
 
+/// Settle migrations whose connection was lost during the hand-over.
+///
+/// Asks each destination whether it runs the container. Then the one that is frozen here ends, or runs on.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  limosa settle")]
+pub struct Settle {}
+
+/// The outcome of one migration.
+#[derive(Debug, Serialize)]
+struct Settled {
+    container: String,
+    migration: String,
+    /// `moved`, `kept` or `unknown`.
+    outcome: &'static str,
+}
+
+impl Settle {
+    /// Settles all of them.
+    pub fn execute(self, context: &Context) -> Outcome {
+        let (registry, store) = (context.registry(), store(context)?);
+        let mut settled = Vec::new();
+        for record in store.unsettled()? {
+            let outcome = match migration::settle(&registry, &store, &record)? {
+                MigrationOutcome::Moved(_) => "moved",
+                MigrationOutcome::Kept { .. } => "kept",
+                MigrationOutcome::Unknown { .. } => "unknown",
+            };
+            settled.push(Settled { container: record.container, migration: record.id.to_string(), outcome });
+        }
+        let text: String =
+            settled.iter().map(|one| format!("{}: {}\n", one.container, one.outcome)).collect();
+        let unknown = settled.iter().any(|one| one.outcome == "unknown");
+        context.report(&settled, text)?;
+        Ok(if unknown { ExitCode::from(3) } else { ExitCode::SUCCESS })
+    }
+}
+
 /// Receive a container from another host.
 ///
 /// Without --listen it speaks on standard input and output: `limosa migrate NAME ssh://HOST` runs it so.
