@@ -242,7 +242,9 @@ fn capture_descriptors(
             body.descriptors.push(Descriptor { number, description, close_on_exec });
         }
     }
-    let mut context = CaptureContext::new(sink, spaces, &by_number, shared, &options.externals);
+    let own_pids = views.iter().map(|view| (view.pid, view.own_pid)).collect();
+    let mut context =
+        CaptureContext::new(sink, spaces, &by_number, &found, &own_pids, shared, &options.externals);
     found
         .iter()
         .map(|view| {

@@ -99,11 +99,13 @@ impl<'a> Planned<'a> {
                 self.tree.namespaces.rebuild(&mut nursery)?;
             }
             let root = self.open_root(&nursery)?;
+            let pids =
+                nursery.own_pids.iter().copied().zip(nursery.puppets.iter().map(Resident::pid)).collect();
             // Sockets belong to the network namespace of the thread that makes them.
             let network =
                 place.and_then(|place| place.namespaces.iter().find(|(kind, _)| *kind == Kind::Network));
             let _inside = network.map(|(_, namespace)| InNetns::enter(namespace)).transpose()?;
-            descriptors::rebuild_all(&self.tree, self.checkpoint, root, &self.options.externals)
+            descriptors::rebuild_all(&self.tree, self.checkpoint, root, &self.options.externals, &pids)
         })?;
         build::build_all(&self.tree, self.checkpoint, &mut nursery, objects, report)?;
         Ok(Loaded { tree: self.tree, nursery })

@@ -7,6 +7,7 @@
 
 mod error;
 pub mod fault;
+pub mod handle;
 pub mod memory;
 pub mod mount;
 pub mod namespace;
@@ -17,5 +18,6 @@ pub mod ptrace;
 pub mod signals;
 pub mod spawn;
 pub mod task;
+pub mod timer;
 
 pub use error::{Error, Result};

@@ -5,6 +5,21 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use crate::fault;
 use crate::{Error, Result};
 
+/// A descriptor, close-on-exec and not blocking, from which whoever holds it reads its own signals; bit N-1 of `mask`
+/// for signal N.
+pub fn signalfd(mask: u64) -> Result<OwnedFd> {
+    fault::point();
+    let flags = libc::SFD_CLOEXEC | libc::SFD_NONBLOCK;
+    // SAFETY: the kernel reads a set of 8 bytes; a result that is not negative is a new descriptor that we own.
+    unsafe {
+        let descriptor = libc::syscall(libc::SYS_signalfd4, -1, &raw const mask, 8, flags);
+        if descriptor < 0 {
+            return Err(Error::last("signalfd4", format_args!("signals {mask:#x}")));
+        }
+        Ok(OwnedFd::from_raw_fd(descriptor as i32))
+    }
+}
+
 /// Signals that no longer interrupt the calling thread but are read from a descriptor. Dropped, it gives the
 /// thread its former signal mask back.
 ///

@@ -7,10 +7,15 @@ use crate::{Error, Result};
 
 /// A descriptor for process `pid` (pidfd_open(2)).
 pub fn pidfd_open(pid: i32) -> Result<OwnedFd> {
+    pidfd_open_with(pid, 0)
+}
+
+/// [`pidfd_open`] with `PIDFD_*` flags.
+pub fn pidfd_open_with(pid: i32, flags: u32) -> Result<OwnedFd> {
     fault::point();
     // SAFETY: takes numbers only; a result that is not negative is a new descriptor that we own.
     unsafe {
-        let fd = libc::syscall(libc::SYS_pidfd_open, pid, 0);
+        let fd = libc::syscall(libc::SYS_pidfd_open, pid, flags);
         if fd < 0 {
             return Err(Error::last("pidfd_open", format_args!("process {pid}")));
         }
@@ -60,6 +65,26 @@ pub fn kcmp(pid1: i32, pid2: i32, what: Comparison, index1: u64, index2: u64) ->
         1 => Ok(std::cmp::Ordering::Less),
         2 | 3 => Ok(std::cmp::Ordering::Greater),
         _ => Err(Error::last("kcmp", format_args!("processes {pid1} and {pid2}"))),
+    }
+}
+
+/// Whether descriptor `number` of process `pid` is the very file that the epoll with descriptor `epoll` of process
+/// `owner` watches under the number `watched`; of several entries under that number, the one after `skip` others, in
+/// the order of `/proc/PID/fdinfo` (`KCMP_EPOLL_TFD` of kcmp(2)).
+pub fn kcmp_epoll(
+    (pid, number): (i32, i32),
+    (owner, epoll): (i32, i32),
+    watched: i32,
+    skip: u32,
+) -> Result<bool> {
+    const KCMP_EPOLL_TFD: i32 = 7;
+    fault::point();
+    let slot = [epoll as u32, watched as u32, skip];
+    // SAFETY: the pointer is to a live struct kcmp_epoll_slot, three 32-bit numbers.
+    match unsafe { libc::syscall(libc::SYS_kcmp, pid, owner, KCMP_EPOLL_TFD, number, slot.as_ptr()) } {
+        0 => Ok(true),
+        1..=3 => Ok(false),
+        _ => Err(Error::last("kcmp(KCMP_EPOLL_TFD)", format_args!("processes {pid} and {owner}"))),
     }
 }
 

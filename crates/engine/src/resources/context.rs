@@ -12,6 +12,8 @@ use rustix::fs::{Mode, OFlags, ResolveFlags};
 use super::shared_memory::SharedObjects;
 use crate::error::{CaptureError, RestoreError};
 use crate::memory::SpaceAllocator;
+use crate::state::Descriptor;
+use crate::view::DescriptionView;
 
 /// What is common to the captures of all descriptions of a tree.
 pub struct CaptureContext<'a> {
@@ -23,6 +25,10 @@ pub struct CaptureContext<'a> {
     /// refer to others, as epoll does. Complete only when all descriptors have been enumerated, which is before
     /// the first room captures.
     pub descriptors: &'a HashMap<(i32, i32), usize>,
+    /// All descriptions of the tree, by index.
+    pub descriptions: &'a [DescriptionView<'a>],
+    /// The PID in the tree of each process of it, by the PID that Limosa sees.
+    pub own_pids: &'a HashMap<i32, i32>,
     /// The memory objects that mappings and memfds refer to.
     pub shared_objects: &'a mut SharedObjects,
     /// Keys of files outside the tree's root, by device and inode.
@@ -37,10 +43,13 @@ impl<'a> CaptureContext<'a> {
         sink: &'a mut dyn Sink,
         spaces: &'a mut SpaceAllocator,
         descriptors: &'a HashMap<(i32, i32), usize>,
+        descriptions: &'a [DescriptionView<'a>],
+        own_pids: &'a HashMap<i32, i32>,
         shared_objects: &'a mut SharedObjects,
         externals: &'a HashMap<(u64, u64), String>,
     ) -> Self {
-        Self { sink, spaces, descriptors, shared_objects, externals, notes: HashMap::new() }
+        let notes = HashMap::new();
+        Self { sink, spaces, descriptors, descriptions, own_pids, shared_objects, externals, notes }
     }
 
     /// Whether the object `id` of `kind` is seen for the first time: the one time its content is to be stored.
@@ -62,8 +71,17 @@ impl<'a> CaptureContext<'a> {
     }
 }
 
-/// Adds what must be done in the process, given the descriptor's number there.
-pub type Completion = Box<dyn FnOnce(i32, &mut Program)>;
+/// The first process that holds a description, when all its descriptors are in place.
+#[derive(Debug)]
+pub struct Holder<'a> {
+    /// The number of the first descriptor of the description there.
+    pub number: i32,
+    /// All descriptors of the process, by number.
+    pub descriptors: &'a [Descriptor],
+}
+
+/// Adds what must be done in the process that holds the description.
+pub type Completion = Box<dyn FnOnce(&Holder, &mut Program)>;
 
 /// What is common to the rebuilding of all descriptions of a tree.
 pub struct RebuildContext<'a> {
@@ -73,6 +91,8 @@ pub struct RebuildContext<'a> {
     pub shared_objects: &'a [OwnedFd],
     /// Files outside the tree's root, by key.
     pub externals: &'a HashMap<String, PathBuf>,
+    /// The PID that Limosa sees of each process, by its PID in the tree.
+    pub pids: &'a HashMap<i32, i32>,
     root: OwnedFd,
     shared: HashMap<(&'static str, u64), Box<dyn Any>>,
     completions: Vec<Completion>,
@@ -85,8 +105,10 @@ impl<'a> RebuildContext<'a> {
         root: OwnedFd,
         shared_objects: &'a [OwnedFd],
         externals: &'a HashMap<String, PathBuf>,
+        pids: &'a HashMap<i32, i32>,
     ) -> Self {
-        Self { checkpoint, shared_objects, externals, root, shared: HashMap::new(), completions: Vec::new() }
+        let (shared, completions) = (HashMap::new(), Vec::new());
+        Self { checkpoint, shared_objects, externals, pids, root, shared, completions }
     }
 
     /// The root directory of the tree's mount namespace.
@@ -124,6 +146,11 @@ impl<'a> RebuildContext<'a> {
     /// Has `completion` add calls to the program of the first process that holds the description being rebuilt,
     /// after all its descriptors are in place.
     pub fn complete_inside(&mut self, completion: impl FnOnce(i32, &mut Program) + 'static) {
+        self.complete_among(|holder, program| completion(holder.number, program));
+    }
+
+    /// Like [`Self::complete_inside`], for what also needs other descriptors of the process.
+    pub fn complete_among(&mut self, completion: impl FnOnce(&Holder, &mut Program) + 'static) {
         self.completions.push(Box::new(completion));
     }
 

@@ -25,7 +25,7 @@ pub mod mapping;
 pub mod namespaces;
 pub mod shared_memory;
 
-pub use context::{CaptureContext, RebuildContext};
+pub use context::{CaptureContext, Holder, RebuildContext};
 pub use namespaces::NamespaceState;
 
 /// Something that every process has one of.
@@ -187,6 +187,13 @@ attributes! {
 finish_all! { registers pointers signals name credentials }
 
 descriptor_kinds! {
+    eventfd: EventFd(eventfd::EventFd),
+    epoll: Epoll(epoll::Epoll),
+    timerfd: TimerFd(timerfd::TimerFd),
+    signalfd: SignalFd(signalfd::SignalFd),
+    inotify: Inotify(inotify::Inotify),
+    memfd: Memfd(memfd::Memfd),
+    pidfd: PidFd(pidfd::PidFd),
     pipe: Pipe(pipe::Pipe),
     file: File(file::File),
 }

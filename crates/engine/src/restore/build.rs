@@ -16,6 +16,7 @@ use crate::error::RestoreError;
 use crate::memory;
 use crate::plan::Role;
 use crate::report::Report;
+use crate::resources::context::Holder;
 use crate::resources::mapping::Backing;
 use crate::state::{Body, Life, Process, Tree};
 
@@ -244,7 +245,7 @@ fn complete(
     descriptors::place(&mut program, nursery.socket_number, &body.descriptors);
     for descriptor in &body.descriptors {
         for completion in objects.completions.remove(&descriptor.description).unwrap_or_default() {
-            completion(descriptor.number, &mut program);
+            completion(&Holder { number: descriptor.number, descriptors: &body.descriptors }, &mut program);
         }
     }
     program.call("close the socket", libc::SYS_close, [nursery.socket_number.into()]);

@@ -38,6 +38,7 @@ pub(crate) fn rebuild_all(
     checkpoint: &Checkpoint,
     root: OwnedFd,
     externals: &HashMap<String, PathBuf>,
+    pids: &HashMap<i32, i32>,
 ) -> Result<Objects, RestoreError> {
     let shared: Vec<OwnedFd> =
         tree.shared_objects.iter().map(|object| object.rebuild(checkpoint)).collect::<Result<_, _>>()?;
@@ -46,7 +47,7 @@ pub(crate) fn rebuild_all(
         step: "dup",
         source,
     })?;
-    let mut context = RebuildContext::new(checkpoint, root, &shared, externals);
+    let mut context = RebuildContext::new(checkpoint, root, &shared, externals, pids);
     let mut descriptions = Vec::with_capacity(tree.descriptions.len());
     let mut completions = HashMap::new();
     for (index, description) in tree.descriptions.iter().enumerate() {

@@ -154,7 +154,11 @@ impl State {
             let number = fd.as_raw_fd();
             let close = rustix::io::fcntl_getfd(fd)?.contains(rustix::io::FdFlags::CLOEXEC);
             let _ = writeln!(text, "{name}: {number} close-on-exec={close}");
-            for line in fs::read_to_string(format!("/proc/self/fdinfo/{number}"))?.lines() {
+            let info = fs::read_to_string(format!("/proc/self/fdinfo/{number}"))?;
+            let mut lines: Vec<_> = info.lines().collect();
+            // An epoll's entries stand in the order of the kernel's addresses.
+            lines.sort_unstable();
+            for line in lines {
                 let volatile = ["ino:", "mnt_id:", "it_value:", "eventfd-id:", "ticks:"];
                 if !volatile.iter().any(|field| line.starts_with(field)) {
                     // An epoll's line ends with the inode of what it watches, which is new after a restore.
