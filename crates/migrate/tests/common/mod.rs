@@ -6,6 +6,7 @@ pub mod proxy;
 use std::collections::BTreeMap;
 use std::io::{self, Cursor, Read};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -122,11 +123,19 @@ pub struct Host {
     pub content: Content,
     pub fault: Fault,
     pub discarded: u32,
+    /// A file that is there while the container runs: it outlives the process that started it.
+    pub marker: Option<PathBuf>,
 }
 
 impl Host {
     pub fn new(world: &Arc<World>) -> Self {
-        Self { world: Arc::clone(world), content: Content::default(), fault: Fault::None, discarded: 0 }
+        Self {
+            world: Arc::clone(world),
+            content: Content::default(),
+            fault: Fault::None,
+            discarded: 0,
+            marker: None,
+        }
     }
 }
 
@@ -159,6 +168,9 @@ impl Destination for Host {
             return Err(io::Error::other("the first process died"));
         }
         self.world.start();
+        if let Some(marker) = &self.marker {
+            std::fs::File::create_new(marker)?;
+        }
         self.content = prepared;
         Ok(StartReport { start_us: 1, extra: b"report".to_vec() })
     }
@@ -170,10 +182,8 @@ impl Destination for Host {
     }
 
     fn remains(&mut self, _offer: &Offer) -> io::Result<Remains> {
-        Ok(match self.world.running() {
-            0 => Remains::Nothing,
-            _ => Remains::Running(StartReport::default()),
-        })
+        let running = self.world.running() > 0 || self.marker.as_ref().is_some_and(|marker| marker.exists());
+        Ok(if running { Remains::Running(StartReport::default()) } else { Remains::Nothing })
     }
 }
 
