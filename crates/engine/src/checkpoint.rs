@@ -18,6 +18,7 @@ use limosa_puppet::{Program, Vdso, Visit, step_out_of_stub};
 use crate::error::{CaptureError, Refusal};
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::memory::{self, SpaceAllocator};
+use crate::network::{self, Network};
 use crate::report::Report;
 use crate::resources::mapping::MappingState;
 use crate::resources::shared_memory::SharedObjects;
@@ -39,9 +40,12 @@ pub struct Options {
 /// A tree that is captured, and still frozen.
 #[derive(Debug)]
 pub struct Captured {
+    // Dropped first: packets pass again before the tree runs.
+    network: Network,
     frozen: Frozen,
     /// Whether the kernel ends and reaps all with the root, which leads a PID namespace.
     own_pid_namespace: bool,
+    root: i32,
 }
 
 /// Freezes the tree rooted at `root` and puts everything about it into `sink`.
@@ -57,7 +61,7 @@ pub fn capture(
     let mut shared = SharedObjects::default();
     let namespaces = NamespaceState::capture(&views[0], options.container)?;
     let mut processes = report.phase("ask", |_| ask_all(&frozen, &views, &mut spaces, &mut shared))?;
-    let descriptions = report.phase("descriptors", |_| {
+    let (descriptions, network) = report.phase("descriptors", |_| {
         capture_descriptors(&views, &mut processes, sink, &mut spaces, &mut shared, options)
     })?;
     report.phase("memory", |report| -> Result<(), CaptureError> {
@@ -70,7 +74,8 @@ pub fn capture(
     })?;
     let (shared_objects, bytes) = report.phase("shared memory", |_| shared.store(sink, &mut spaces))?;
     report.page_bytes += bytes;
-    let tree = Tree { processes, descriptions, shared_objects, namespaces };
+    let packet_lock = Some(network::left_behind(root));
+    let tree = Tree { processes, descriptions, shared_objects, namespaces, packet_lock };
     report.processes = tree.processes.len();
     report.threads = tree.living().map(|(_, body)| body.threads.len()).sum();
     report.mappings = tree.living().map(|(_, body)| body.mappings.len()).sum();
@@ -78,21 +83,26 @@ pub fn capture(
     report.phase("state", |_| limosa_image::put(sink, TREE, &tree))?;
     let own_pid_namespace = tree.namespaces.own.iter().any(|kind| kind == "pid");
     drop(views);
-    Ok(Captured { frozen, own_pid_namespace })
+    Ok(Captured { network, frozen, own_pid_namespace, root })
 }
 
 impl Captured {
     /// Lets the tree run on.
     pub fn release(self) -> Result<(), CaptureError> {
+        drop(self.network);
         self.frozen.release()
     }
 
     /// Ends the tree, which lives on in the checkpoint.
     pub fn end(self) -> Result<(), CaptureError> {
+        // Limosa's duplicates keep the sockets open meanwhile, so that no FIN is sent.
         if self.own_pid_namespace {
-            return self.frozen.end(|_, _| {});
+            self.frozen.end(|_, _| {})?;
+        } else {
+            self.frozen.end(reap_children)?;
         }
-        self.frozen.end(reap_children)
+        self.network.abandon(&network::left_behind(self.root));
+        Ok(())
     }
 }
 
@@ -206,7 +216,7 @@ fn capture_descriptors(
     spaces: &mut SpaceAllocator,
     shared: &mut SharedObjects,
     options: &Options,
-) -> Result<Vec<Description>, CaptureError> {
+) -> Result<(Vec<Description>, Network), CaptureError> {
     let mut found: Vec<DescriptionView> = Vec::new();
     let mut by_inode: HashMap<(u64, u64), Vec<usize>> = HashMap::new();
     let mut by_number = HashMap::new();
@@ -243,9 +253,18 @@ fn capture_descriptors(
         }
     }
     let own_pids = views.iter().map(|view| (view.pid, view.own_pid)).collect();
-    let mut context =
-        CaptureContext::new(sink, spaces, &by_number, &found, &own_pids, shared, &options.externals);
-    found
+    let mut network = Network::look(views[0].pid, &found)?;
+    let mut context = CaptureContext::new(
+        sink,
+        spaces,
+        &by_number,
+        &found,
+        &own_pids,
+        shared,
+        &options.externals,
+        &mut network,
+    );
+    let descriptions = found
         .iter()
         .map(|view| {
             Ok(Description {
@@ -254,7 +273,8 @@ fn capture_descriptors(
                 state: DescriptorState::capture(view, &mut context)?,
             })
         })
-        .collect()
+        .collect::<Result<_, CaptureError>>()?;
+    Ok((descriptions, network))
 }
 
 /// Has a frozen parent reap children that have just been ended: process 1 may be slow to do it.

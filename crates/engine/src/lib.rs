@@ -7,6 +7,7 @@ pub mod checkpoint;
 mod error;
 mod freeze;
 pub mod memory;
+pub mod network;
 mod plan;
 mod report;
 pub mod resources;

@@ -24,8 +24,10 @@ use limosa_puppet::{Arena, Resident};
 use rustix::fs::{Mode, OFlags};
 
 use crate::error::RestoreError;
+use crate::network::Restored;
 use crate::plan::{Kin, NodeId, Plan, Role};
 use crate::report::Report;
+use crate::resources::DescriptorState;
 use crate::resources::mapping::{self, Backing};
 use crate::state::{Life, TREE, Tree};
 
@@ -94,7 +96,7 @@ impl<'a> Planned<'a> {
         report.descriptions = self.tree.descriptions.len();
         report.threads = self.tree.living().map(|(_, body)| body.threads.len()).sum();
         report.mappings = self.tree.living().map(|(_, body)| body.mappings.len()).sum();
-        let objects = report.phase("objects", |_| -> Result<_, RestoreError> {
+        let (mut objects, mut network) = report.phase("objects", |_| -> Result<_, RestoreError> {
             if place.is_some() {
                 self.tree.namespaces.rebuild(&mut nursery)?;
             }
@@ -105,10 +107,14 @@ impl<'a> Planned<'a> {
             let network =
                 place.and_then(|place| place.namespaces.iter().find(|(kind, _)| *kind == Kind::Network));
             let _inside = network.map(|(_, namespace)| InNetns::enter(namespace)).transpose()?;
-            descriptors::rebuild_all(&self.tree, self.checkpoint, root, &self.options.externals, &pids)
+            let network = lock_connections(&self.tree)?;
+            let objects =
+                descriptors::rebuild_all(&self.tree, self.checkpoint, root, &self.options.externals, &pids)?;
+            Ok((objects, network))
         })?;
+        network.starters = std::mem::take(&mut objects.starters);
         build::build_all(&self.tree, self.checkpoint, &mut nursery, objects, report)?;
-        Ok(Loaded { tree: self.tree, nursery })
+        Ok(Loaded { tree: self.tree, nursery, network })
     }
 
     fn open_root(&self, nursery: &Nursery) -> Result<OwnedFd, RestoreError> {
@@ -120,6 +126,19 @@ impl<'a> Planned<'a> {
         rustix::fs::open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .map_err(RestoreError::rebuild(path.display().to_string(), "open"))
     }
+}
+
+/// Drops the packets of the tree's connections until it starts.
+fn lock_connections(tree: &Tree) -> Result<Restored, RestoreError> {
+    let connections: Vec<_> = tree
+        .descriptions
+        .iter()
+        .filter_map(|description| match &description.state {
+            DescriptorState::Tcp(tcp) => tcp.ends(),
+            _ => None,
+        })
+        .collect();
+    Restored::lock(&connections, tree.packet_lock.as_deref())
 }
 
 /// Checks what the type system does not: numbers that refer to something.
@@ -199,6 +218,7 @@ impl Drop for Nursery {
 pub struct Loaded {
     tree: Tree,
     nursery: Nursery,
+    network: Restored,
 }
 
 /// A tree that runs.
@@ -211,6 +231,7 @@ pub struct Started {
 impl Loaded {
     /// Gives every thread its registers and lets the tree run.
     pub fn start(mut self, report: &mut Report) -> Result<Started, RestoreError> {
+        report.phase("network", |_| self.network.start())?;
         report.phase("start", |_| start::start_all(&self.tree, &mut self.nursery))?;
         self.nursery.released = true;
         Ok(Started { root: self.nursery.puppets[0].pid() })

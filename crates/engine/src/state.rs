@@ -25,6 +25,9 @@ pub struct Tree {
     pub shared_objects: Vec<SharedObject>,
     /// The namespaces that are not the host's, and what is in them.
     pub namespaces: NamespaceState,
+    /// Name of the packet lock that is left behind if the checkpoint ended the tree.
+    #[serde(default)]
+    pub packet_lock: Option<String>,
 }
 
 /// A process.

@@ -12,6 +12,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags};
 use super::shared_memory::SharedObjects;
 use crate::error::{CaptureError, RestoreError};
 use crate::memory::SpaceAllocator;
+use crate::network::{Network, Starter};
 use crate::state::Descriptor;
 use crate::view::DescriptionView;
 
@@ -33,12 +34,15 @@ pub struct CaptureContext<'a> {
     pub shared_objects: &'a mut SharedObjects,
     /// Keys of files outside the tree's root, by device and inode.
     pub externals: &'a HashMap<(u64, u64), String>,
+    /// What was read of all sockets at once.
+    pub network: &'a mut Network,
     /// Rooms' notes, by object: what was captured already through another description.
     notes: HashMap<(&'static str, u64), usize>,
 }
 
 impl<'a> CaptureContext<'a> {
     /// A context for one tree.
+    #[expect(clippy::too_many_arguments, reason = "one for each thing that rooms share")]
     pub fn new(
         sink: &'a mut dyn Sink,
         spaces: &'a mut SpaceAllocator,
@@ -47,9 +51,10 @@ impl<'a> CaptureContext<'a> {
         own_pids: &'a HashMap<i32, i32>,
         shared_objects: &'a mut SharedObjects,
         externals: &'a HashMap<(u64, u64), String>,
+        network: &'a mut Network,
     ) -> Self {
         let notes = HashMap::new();
-        Self { sink, spaces, descriptors, descriptions, own_pids, shared_objects, externals, notes }
+        Self { sink, spaces, descriptors, descriptions, own_pids, shared_objects, externals, network, notes }
     }
 
     /// Whether the object `id` of `kind` is seen for the first time: the one time its content is to be stored.
@@ -96,6 +101,7 @@ pub struct RebuildContext<'a> {
     root: OwnedFd,
     shared: HashMap<(&'static str, u64), Box<dyn Any>>,
     completions: Vec<Completion>,
+    starters: Vec<Starter>,
 }
 
 impl<'a> RebuildContext<'a> {
@@ -107,8 +113,8 @@ impl<'a> RebuildContext<'a> {
         externals: &'a HashMap<String, PathBuf>,
         pids: &'a HashMap<i32, i32>,
     ) -> Self {
-        let (shared, completions) = (HashMap::new(), Vec::new());
-        Self { checkpoint, shared_objects, externals, pids, root, shared, completions }
+        let (shared, completions, starters) = (HashMap::new(), Vec::new(), Vec::new());
+        Self { checkpoint, shared_objects, externals, pids, root, shared, completions, starters }
     }
 
     /// The root directory of the tree's mount namespace.
@@ -152,6 +158,16 @@ impl<'a> RebuildContext<'a> {
     /// Like [`Self::complete_inside`], for what also needs other descriptors of the process.
     pub fn complete_among(&mut self, completion: impl FnOnce(&Holder, &mut Program) + 'static) {
         self.completions.push(Box::new(completion));
+    }
+
+    /// Has `starter` run when the whole tree is about to start: for what the world outside can see.
+    pub fn at_start(&mut self, starter: impl FnOnce() -> Result<(), RestoreError> + 'static) {
+        self.starters.push(Box::new(starter));
+    }
+
+    /// What is to be done at the start.
+    pub(crate) fn take_starters(&mut self) -> Vec<Starter> {
+        std::mem::take(&mut self.starters)
     }
 
     /// The completions registered since the last call.

@@ -194,6 +194,9 @@ descriptor_kinds! {
     inotify: Inotify(inotify::Inotify),
     memfd: Memfd(memfd::Memfd),
     pidfd: PidFd(pidfd::PidFd),
+    tcp: Tcp(tcp::Tcp),
+    udp: Udp(udp::Udp),
+    other_socket: OtherSocket(other_socket::OtherSocket),
     pipe: Pipe(pipe::Pipe),
     file: File(file::File),
 }

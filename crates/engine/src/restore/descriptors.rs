@@ -11,6 +11,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use crate::error::RestoreError;
+use crate::network::Starter;
 use crate::resources::RebuildContext;
 use crate::resources::context::Completion;
 use crate::resources::mapping::{Backing, MappedFile};
@@ -28,6 +29,8 @@ pub(crate) struct Objects {
     pub(crate) shared: Vec<OwnedFd>,
     /// What the first holder of a description has to do.
     pub(crate) completions: HashMap<usize, Vec<Completion>>,
+    /// What has to be done when the tree starts.
+    pub(crate) starters: Vec<Starter>,
     files: HashMap<(Vec<u8>, bool), OwnedFd>,
     root: OwnedFd,
 }
@@ -59,8 +62,9 @@ pub(crate) fn rebuild_all(
         }
         descriptions.push(descriptor);
     }
+    let starters = context.take_starters();
     drop(context);
-    Ok(Objects { descriptions, shared, completions, files: HashMap::new(), root: own_root })
+    Ok(Objects { descriptions, shared, completions, starters, files: HashMap::new(), root: own_root })
 }
 
 /// Status flags that fcntl(F_SETFL) can set, whatever the kind.

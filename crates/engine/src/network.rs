@@ -1,0 +1,227 @@
+//! The sockets of a tree as a whole: the packet lock over its connections, and what is read of all sockets at once.
+//!
+//! ```text
+//! capture:  frozen ─► lock packets ─► snapshot all connections ─► rooms ─► … ─► release: unlock, run on
+//!                                                                          └─► end: kill, abandon the sockets silently,
+//!                                                                              leave a lock that times out (host's namespace)
+//! restore:  lock packets ─► rebuild, in repair mode ─► … ─► start: remove locks, leave repair mode, run
+//! ```
+//!
+//! The lock belongs to a descriptor of Limosa's and falls with it, also by `kill -9` (see `limosa_kernel::net::nft`);
+//! sockets are in repair mode for microseconds only, under the hands of a process that outlives Limosa
+//! (see `limosa_kernel::net::tcp_snapshot`). So at a checkpoint nothing has to be undone.
+//! While the tree is being killed, Limosa's duplicates keep its sockets open: no `FIN` is sent, and they are
+//! abandoned without a packet afterwards.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use limosa_kernel::net::InNetns;
+use limosa_kernel::net::nft::{self, PacketLock, Scope};
+use limosa_kernel::net::raw::{self, Kind};
+use limosa_kernel::net::sockopt::SocketOption;
+use limosa_kernel::net::tcp_repair::{self, State};
+use limosa_kernel::net::tcp_snapshot::{self, Snapshot, SnapshotError};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{CaptureError, RestoreError};
+use crate::view::DescriptionView;
+
+/// How long packets of connections whose source has ended are dropped, waiting for the restore. Longer than
+/// any peer goes on trying.
+const LEFT_BEHIND: Duration = Duration::from_hours(24);
+
+/// An internet address as it stands in a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Address {
+    /// The IP address.
+    pub ip: IpAddr,
+    /// The port.
+    pub port: u16,
+    /// IPv6 flow information.
+    #[serde(default)]
+    pub flow: u32,
+    /// IPv6 scope: the index of an interface.
+    #[serde(default)]
+    pub scope: u32,
+}
+
+impl From<SocketAddr> for Address {
+    fn from(address: SocketAddr) -> Self {
+        let (flow, scope) = match address {
+            SocketAddr::V4(_) => (0, 0),
+            SocketAddr::V6(six) => (six.flowinfo(), six.scope_id()),
+        };
+        Self { ip: address.ip(), port: address.port(), flow, scope }
+    }
+}
+
+impl From<Address> for SocketAddr {
+    fn from(address: Address) -> Self {
+        match address.ip {
+            IpAddr::V4(ip) => Self::new(ip.into(), address.port),
+            IpAddr::V6(ip) => SocketAddrV6::new(ip, address.port, address.flow, address.scope).into(),
+        }
+    }
+}
+
+/// A socket option as it stands in a checkpoint; those that may be restored are listed in
+/// `limosa_kernel::net::sockopt`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OptionState {
+    /// `SOL_SOCKET`, `IPPROTO_TCP`…
+    pub level: i32,
+    /// The option's number.
+    pub name: i32,
+    /// The value in the machine's byte order.
+    #[serde(with = "serde_bytes")]
+    pub value: Vec<u8>,
+}
+
+/// Options for a checkpoint.
+pub(crate) fn to_state(options: Vec<SocketOption>) -> Vec<OptionState> {
+    options
+        .into_iter()
+        .map(|option| OptionState { level: option.level, name: option.name, value: option.value })
+        .collect()
+}
+
+/// Options for the kernel.
+pub(crate) fn from_state(options: &[OptionState]) -> Vec<SocketOption> {
+    options
+        .iter()
+        .map(|option| SocketOption { level: option.level, name: option.name, value: option.value.clone() })
+        .collect()
+}
+
+/// The kind of socket that a description is, if it is one.
+pub(crate) fn kind(view: &DescriptionView) -> Option<Kind> {
+    if view.link.starts_with(b"socket:[") { raw::kind(&view.descriptor).ok() } else { None }
+}
+
+/// What must be held while a tree with sockets is frozen.
+#[derive(Debug, Default)]
+pub struct Network {
+    places: Vec<Locked>,
+    connections: HashMap<u64, Result<Snapshot, SnapshotError>>,
+}
+
+/// The tree's connections in one network namespace.
+#[derive(Debug)]
+struct Locked {
+    namespace: OwnedFd,
+    lock: PacketLock,
+    sockets: Vec<OwnedFd>,
+    addresses: Vec<(SocketAddr, SocketAddr)>,
+}
+
+impl Network {
+    /// Locks the connections among `found` and reads them. `root` names the lock.
+    pub(crate) fn look(root: i32, found: &[DescriptionView]) -> Result<Self, CaptureError> {
+        let mut network = Self::default();
+        let mut by_namespace: HashMap<(u64, u64), (OwnedFd, Vec<&DescriptionView>)> = HashMap::new();
+        for view in found.iter().filter(|view| is_connected(view)) {
+            let namespace = raw::namespace(&view.descriptor)?;
+            let stat = rustix::fs::fstat(&namespace).map_err(view.error("fstat of a network namespace"))?;
+            by_namespace.entry((stat.st_dev, stat.st_ino)).or_insert((namespace, Vec::new())).1.push(view);
+        }
+        for (namespace, views) in by_namespace.into_values() {
+            let mut addresses = Vec::with_capacity(views.len());
+            let mut sockets = Vec::with_capacity(views.len());
+            for view in &views {
+                let fd = view.descriptor.as_fd();
+                addresses.push((tcp_snapshot::local_address(fd)?, tcp_snapshot::remote_address(fd)?));
+                sockets.push(fd.try_clone_to_owned().map_err(|source| CaptureError::Io {
+                    what: "duplicating a socket",
+                    pid: view.process.pid,
+                    source,
+                })?);
+            }
+            let lock = PacketLock::within(
+                namespace.as_fd(),
+                &format!("checkpoint-{root}"),
+                Scope::Connections(&addresses),
+            )?;
+            let fds: Vec<BorrowedFd<'_>> = sockets.iter().map(AsFd::as_fd).collect();
+            let snapshots = tcp_snapshot::take(&fds)?;
+            network.connections.extend(views.iter().map(|view| view.stat.st_ino).zip(snapshots));
+            network.places.push(Locked { namespace, lock, sockets, addresses });
+        }
+        Ok(network)
+    }
+
+    /// The snapshot of the connection with that inode number, once.
+    pub(crate) fn take(&mut self, inode: u64) -> Option<Result<Snapshot, SnapshotError>> {
+        self.connections.remove(&inode)
+    }
+
+    /// The tree has ended: its connections vanish without a packet, and stay locked for the restore. Limosa's last
+    /// act on them; what fails is reported and changes nothing.
+    pub(crate) fn abandon(self, left_behind: &str) {
+        for place in self.places {
+            for socket in &place.sockets {
+                if let Err(error) = tcp_snapshot::abandon(socket.as_fd()) {
+                    tracing::warn!(%error, "a connection of the ended tree is closed, not abandoned");
+                }
+            }
+            let leave = || {
+                let _inside = InNetns::enter(&place.namespace)?;
+                place.lock.leave_behind(left_behind, &place.addresses, LEFT_BEHIND)
+            };
+            if let Err(error) = leave() {
+                tracing::warn!(%error, "the connections are not locked until the restore");
+            }
+        }
+    }
+}
+
+/// The name of the lock that a checkpoint leaves behind when it ends the tree.
+pub(crate) fn left_behind(root: i32) -> String {
+    format!("left-{root}")
+}
+
+fn is_connected(view: &DescriptionView) -> bool {
+    let Some(kind) = kind(view) else { return false };
+    matches!(kind.domain, libc::AF_INET | libc::AF_INET6)
+        && kind.protocol == libc::IPPROTO_TCP
+        && tcp_repair::info(&view.descriptor).is_ok_and(|info| {
+            !matches!(info.state, State::Listen | State::Close | State::TimeWait | State::SynReceived)
+        })
+}
+
+/// Something to be done with a socket when the tree starts.
+pub(crate) type Starter = Box<dyn FnOnce() -> Result<(), RestoreError>>;
+
+/// What must be held until a restored tree starts. Dropped, its connections vanish silently.
+#[derive(Default)]
+pub(crate) struct Restored {
+    lock: Option<PacketLock>,
+    left_behind: Option<String>,
+    pub(crate) starters: Vec<Starter>,
+}
+
+impl Restored {
+    /// Locks `connections` in the namespace of the calling thread, where `left_behind` may be locking them, too.
+    pub(crate) fn lock(
+        connections: &[(SocketAddr, SocketAddr)],
+        left_behind: Option<&str>,
+    ) -> Result<Self, RestoreError> {
+        if connections.is_empty() {
+            return Ok(Self::default());
+        }
+        let name = format!("restore-{}", std::process::id());
+        let lock = PacketLock::new(&name, Scope::Connections(connections))?;
+        Ok(Self { lock: Some(lock), left_behind: left_behind.map(ToOwned::to_owned), starters: Vec::new() })
+    }
+
+    /// Packets pass again, and the sockets live.
+    pub(crate) fn start(self) -> Result<(), RestoreError> {
+        if let Some(name) = &self.left_behind {
+            nft::remove(name)?;
+        }
+        drop(self.lock);
+        self.starters.into_iter().try_for_each(|starter| starter())
+    }
+}

@@ -1,0 +1,214 @@
+//! UDP sockets (udp(7)): bound, connected, and the datagrams that wait in them.
+//!
+//! Datagrams are read with a moving peek, which leaves them where they are, and come back as packets from their sender
+//! that go over the loopback interface to the socket only. Left to chance, as the protocol allows: datagrams that
+//! arrive while the tree is frozen and the queue has been read. Not carried: memberships of multicast groups,
+//! which no call gives out for a descriptor, and a queue of a socket that is bound to a device (dropped, with a warning).
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::os::fd::{AsFd, OwnedFd};
+
+use limosa_kernel::net::sockopt::{self, Phase};
+use limosa_kernel::net::{inject, peek, tcp_snapshot};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use serde::{Deserialize, Serialize};
+
+use super::{CaptureContext, DescriptorKind, RebuildContext};
+use crate::error::{CaptureError, RestoreError};
+use crate::network::{self, Address, OptionState};
+use crate::view::DescriptionView;
+
+/// A UDP socket.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Udp {
+    /// Whether it is an IPv6 socket.
+    pub ipv6: bool,
+    /// The options that differ from a new socket's.
+    pub options: Vec<OptionState>,
+    /// The address it is bound to, if any.
+    pub local: Option<Address>,
+    /// The address it is connected to, if any.
+    pub remote: Option<Address>,
+    /// Datagrams not read, oldest first.
+    pub queue: Vec<Datagram>,
+}
+
+/// A datagram in a receive queue.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Datagram {
+    /// Who sent it.
+    pub from: Address,
+    /// Its bytes.
+    #[serde(with = "serde_bytes")]
+    pub data: Vec<u8>,
+}
+
+impl DescriptorKind for Udp {
+    fn recognise(view: &DescriptionView) -> bool {
+        network::kind(view).is_some_and(|kind| {
+            matches!(kind.domain, libc::AF_INET | libc::AF_INET6)
+                && kind.kind == libc::SOCK_DGRAM
+                && kind.protocol == libc::IPPROTO_UDP
+        })
+    }
+
+    fn capture(view: &DescriptionView, _context: &mut CaptureContext) -> Result<Self, CaptureError> {
+        Ok(Self::read(view.descriptor.as_fd())?)
+    }
+
+    fn rebuild(&self, _flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
+        let socket = self.make()?;
+        // On the loopback interface they would meet the packet lock of other connections' restore: the mark passes it.
+        context.at_start({
+            let socket = socket.try_clone().map_err(|source| RestoreError::Rebuild {
+                object: "UDP socket".into(),
+                step: "dup",
+                source,
+            })?;
+            let queue = self.packets();
+            move || deliver(&socket, &queue)
+        });
+        Ok(socket)
+    }
+}
+
+impl Udp {
+    /// Reads a socket through any descriptor of it.
+    fn read(fd: std::os::fd::BorrowedFd<'_>) -> limosa_kernel::Result<Self> {
+        let local = tcp_snapshot::local_address(fd)?;
+        let remote = rustix::net::getpeername(fd).ok().flatten();
+        let remote = remote.and_then(|remote| SocketAddr::try_from(remote).ok());
+        let queue = if local.port() == 0 { Vec::new() } else { peek::receive_queue(fd)? };
+        let queue = queue
+            .into_iter()
+            .filter_map(|message| Some(Datagram { from: sender(&message.sender)?, data: message.data }));
+        Ok(Self {
+            ipv6: local.is_ipv6(),
+            options: network::to_state(sockopt::capture(fd)?),
+            local: (local.port() != 0).then(|| local.into()),
+            remote: remote.map(Into::into),
+            queue: queue.collect(),
+        })
+    }
+
+    fn make(&self) -> Result<OwnedFd, RestoreError> {
+        let fail = |step| RestoreError::rebuild(format!("UDP socket at {:?}", self.local), step);
+        let family = if self.ipv6 { AddressFamily::INET6 } else { AddressFamily::INET };
+        let socket = rustix::net::socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
+            .map_err(fail("socket"))?;
+        let options = network::from_state(&self.options);
+        sockopt::apply(&socket, &options, Phase::BeforeBind)?;
+        if let Some(local) = self.local {
+            rustix::net::bind(&socket, &SocketAddr::from(local)).map_err(fail("bind"))?;
+        }
+        if let Some(remote) = self.remote {
+            rustix::net::connect(&socket, &SocketAddr::from(remote)).map_err(fail("connect"))?;
+        }
+        sockopt::apply(&socket, &options, Phase::Last)?;
+        Ok(socket)
+    }
+
+    /// The queue as (from, to, bytes). A socket bound to no address in particular gets them at the loopback's.
+    fn packets(&self) -> Vec<(SocketAddr, SocketAddr, Vec<u8>)> {
+        let Some(local) = self.local else { return Vec::new() };
+        let packet = |datagram: &Datagram| {
+            let from = SocketAddr::from(datagram.from);
+            let mut to = SocketAddr::from(local);
+            if to.ip().is_unspecified() {
+                let four = from.ip().to_canonical().is_ipv4();
+                to.set_ip(if four { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
+            }
+            (from, to, datagram.data.clone())
+        };
+        self.queue.iter().map(packet).collect()
+    }
+}
+
+fn deliver(socket: &OwnedFd, queue: &[(SocketAddr, SocketAddr, Vec<u8>)]) -> Result<(), RestoreError> {
+    if queue.is_empty() {
+        return Ok(());
+    }
+    // A packet for a socket that is bound to a device would not arrive over the loopback interface.
+    let bound = rustix::net::sockopt::socket_domain(socket).is_ok()
+        && sockopt::capture(socket)?
+            .iter()
+            .any(|option| sockopt::label(option) == Some("SO_BINDTODEVICE"));
+    for (from, to, data) in queue {
+        if bound {
+            tracing::warn!(%from, %to, "a datagram in the queue of a socket bound to a device is dropped");
+        } else {
+            inject::udp(*to, *from, data)?;
+        }
+    }
+    Ok(())
+}
+
+/// The sender of a datagram, from `struct sockaddr_in` or `sockaddr_in6`.
+fn sender(bytes: &[u8]) -> Option<Address> {
+    let family = u16::from_ne_bytes(*bytes.first_chunk::<2>()?);
+    let port = u16::from_be_bytes(bytes.get(2..4)?.try_into().ok()?);
+    if i32::from(family) == libc::AF_INET {
+        let octets: [u8; 4] = bytes.get(4..8)?.try_into().ok()?;
+        return Some(SocketAddr::new(Ipv4Addr::from(octets).into(), port).into());
+    }
+    if i32::from(family) == libc::AF_INET6 {
+        let octets: [u8; 16] = bytes.get(8..24)?.try_into().ok()?;
+        let scope = u32::from_ne_bytes(bytes.get(24..28)?.try_into().ok()?);
+        return Some(SocketAddr::from(SocketAddrV6::new(octets.into(), port, 0, scope)).into());
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+    use std::process::Command;
+    use std::time::Duration;
+
+    use limosa_kernel::namespace::{self, Kind};
+
+    use super::*;
+
+    #[test]
+    fn a_queue_comes_back_with_its_senders() {
+        let thread = std::thread::spawn(|| {
+            namespace::unshare(&[Kind::Network]).expect("unshare(CLONE_NEWNET), needs root");
+            assert!(Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap().success());
+            for address in ["127.0.0.1:0", "[::1]:0", "0.0.0.0:0", "[::]:0"] {
+                round_trip(address);
+            }
+        });
+        thread.join().unwrap();
+    }
+
+    fn round_trip(address: &str) {
+        let receiver = UdpSocket::bind(address).unwrap();
+        receiver.set_broadcast(true).unwrap();
+        let senders = [(); 2].map(|()| UdpSocket::bind(address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")).unwrap());
+        let mut to = receiver.local_addr().unwrap();
+        if to.ip().is_unspecified() {
+            to.set_ip(senders[0].local_addr().unwrap().ip());
+        }
+        let long = vec![9; 5_000];
+        let sent: [(usize, &[u8]); 3] = [(0, b"first"), (1, b""), (0, &long)];
+        for (sender, data) in sent {
+            senders[sender].send_to(data, to).unwrap();
+        }
+        let state = Udp::read(receiver.as_fd()).unwrap();
+        assert_eq!(state.queue.len(), 3);
+        drop(receiver);
+        let socket = state.make().unwrap();
+        deliver(&socket, &state.packets()).unwrap();
+        let again = UdpSocket::from(socket);
+        assert!(again.broadcast().unwrap());
+        again.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let mut buffer = vec![0; 10_000];
+        for (sender, data) in sent {
+            let (length, from) = again.recv_from(&mut buffer).unwrap();
+            assert_eq!((&buffer[..length], from), (data, senders[sender].local_addr().unwrap()));
+        }
+        // And new ones arrive.
+        senders[1].send_to(b"new", to).unwrap();
+        assert_eq!(again.recv_from(&mut buffer).unwrap().0, 3);
+    }
+}
