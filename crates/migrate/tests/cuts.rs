@@ -10,8 +10,8 @@ use std::time::Duration;
 use common::proxy::{Harm, Mishap, Network, Place, Way};
 use common::{Fault, Scene, Source, large_checkpoint, short_limits, small_checkpoint};
 use limosa_migrate::frame::Kind;
-use limosa_migrate::record::{Arrival, Departure};
-use limosa_migrate::{Outcome, Received, settle};
+use limosa_migrate::record::{Arrival, Departure, RecordError};
+use limosa_migrate::{Outcome, ReceiveError, Received, settle};
 
 /// Messages of `small_checkpoint`'s migration, by direction.
 const TO_DESTINATION: [Kind; 12] = [
@@ -140,6 +140,24 @@ fn a_network_that_takes_no_more_leaves_one_owner() {
 fn a_damaged_or_lost_message_leaves_one_owner() {
     sweep(&all_places(Harm::Flip, &[Place::Before, Place::Inside, Place::After]), Fault::None, 12);
     sweep(&all_places(Harm::Lose, &[Place::Before]), Fault::None, 12);
+}
+
+/// The source hears nothing, hangs up and asks; only then does its `HandOver` arrive. It must find that the answer was
+/// "never started", and that this is true.
+#[test]
+fn a_hand_over_that_arrives_after_the_question_starts_nothing() {
+    let mut limits = short_limits();
+    limits.started = Duration::from_millis(50);
+    let scene = Scene::new(limits);
+    let mishap = Mishap { way: Way::ToDestination, message: 10, place: Place::Before, harm: Harm::Hold };
+    let (ours, theirs, network) = Network::new(Some(mishap), Duration::ZERO);
+    let (source, host, received) = scene.run(ours, theirs, Fault::None, small_checkpoint);
+    let [to_destination, _] = network.join();
+    assert_eq!(to_destination.get(10), Some(&Kind::HandOver));
+    let fenced = matches!(received, Err(ReceiveError::Record(RecordError::Fenced { .. })));
+    assert!(fenced, "it read `HandOver` and was too late: {received:?}");
+    assert_eq!(host.discarded, 1);
+    assert_eq!(one_owner(&scene, &source, false, "late"), Way::ToSource);
 }
 
 #[test]

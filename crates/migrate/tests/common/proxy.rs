@@ -31,6 +31,8 @@ pub enum Harm {
     Flip,
     /// Loses this message, and goes on.
     Lose,
+    /// Holds this message, and all that follow, for 300 ms.
+    Hold,
 }
 
 /// How much of the message is delivered before.
@@ -188,6 +190,10 @@ impl Pump {
                 self.deliver(&message)
             }
             Harm::Lose => Ok(()),
+            Harm::Hold => {
+                std::thread::sleep(Duration::from_millis(300));
+                self.deliver(&message)
+            }
         }
     }
 }

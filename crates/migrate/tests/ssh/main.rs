@@ -220,17 +220,15 @@ fn a_source_killed_anywhere_leaves_one_owner() {
         doomed.arg("doomed").env(DOOMED_ID, id.to_string()).env("LIMOSA_KILL_AT", point.to_string());
         let killed = doomed.status().expect("the source").signal().is_some();
         // Without a record the source never gave up what it owns. With one, it asks.
-        let theirs = match store.departure(id).expect("record") {
-            None => false,
-            Some(_) => {
-                let mut address: Address = "ssh://spawned".parse().expect("address");
-                match limosa_migrate::settle(&store, id, &mut address, &short_limits()).expect("settle") {
-                    Outcome::Moved(_) => true,
-                    Outcome::Kept { .. } => false,
-                    Outcome::Unknown { why } => panic!("killed at {point}: {why}"),
-                }
+        let mut theirs = false;
+        if store.departure(id).expect("record").is_some() {
+            let mut address: Address = "ssh://spawned".parse().expect("address");
+            match limosa_migrate::settle(&store, id, &mut address, &short_limits()).expect("settle") {
+                Outcome::Moved(_) => theirs = true,
+                Outcome::Kept { .. } => {}
+                Outcome::Unknown { why } => panic!("killed at {point}: {why}"),
             }
-        };
+        }
         // For a receiver that might still start it, if it were wrong.
         std::thread::sleep(std::time::Duration::from_millis(150));
         let runs_there = std::fs::remove_file(&marker).is_ok();
