@@ -57,6 +57,7 @@ pub fn capture(
 ) -> Result<Captured, CaptureError> {
     let frozen = report.phase("freeze", |_| Frozen::stop(root))?;
     let views = report.phase("look", |_| views(&frozen))?;
+    report.phase("sharing", |_| refuse_sharing(&frozen))?;
     let mut spaces = SpaceAllocator::default();
     let mut shared = SharedObjects::default();
     let namespaces = NamespaceState::capture(&views[0], options.container)?;
@@ -104,6 +105,38 @@ impl Captured {
         self.network.abandon(&network::left_behind(self.root));
         Ok(())
     }
+}
+
+/// What processes or threads may share beyond what fork(2) and pthread_create(3) make them share.
+const SHARING: [(Comparison, &str); 3] = [
+    (Comparison::Vm, "address space"),
+    (Comparison::Files, "descriptor table"),
+    (Comparison::Fs, "working directory and umask"),
+];
+
+/// Processes that share what only threads share (clone(2) without `CLONE_THREAD`), and threads that do not share
+/// it (unshare(2)), are refused: a restore would quietly make something else of them.
+fn refuse_sharing(frozen: &Frozen) -> Result<(), CaptureError> {
+    let remedy = "wait until it has called execve, or run it without clone's sharing flags";
+    for process in frozen.processes.iter().filter(|process| !process.threads.is_empty()) {
+        for (what, name) in SHARING {
+            let same =
+                |other: i32| Ok::<_, CaptureError>(task::kcmp(process.pid, other, what, 0, 0)?.is_eq());
+            if process.parent != 0 && same(process.parent)? {
+                let reason = format!("it shares its {name} with its parent {}", process.parent);
+                return Err(Refusal::process(process.pid, reason, remedy).into());
+            }
+            for thread in &process.threads[1..] {
+                if !same(*thread)? {
+                    let reason = format!("its thread {thread} has a {name} of its own");
+                    return Err(
+                        Refusal::process(process.pid, reason, "checkpoint it without that thread").into()
+                    );
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// What can be seen of every process from outside.
