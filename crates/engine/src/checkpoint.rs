@@ -20,10 +20,11 @@ use crate::freeze::{Frozen, FrozenProcess};
 use crate::memory::{self, SpaceAllocator};
 use crate::network::{self, Network};
 use crate::report::Report;
+use crate::resources::file_locks;
 use crate::resources::mapping::MappingState;
 use crate::resources::shared_memory::SharedObjects;
 use crate::resources::{
-    CaptureContext, DescriptorState, NamespaceState, ProcessState, ThreadState, registers,
+    CaptureContext, DescriptorState, LateState, NamespaceState, ProcessState, ThreadState, registers,
 };
 use crate::state::{Body, Description, Descriptor, Life, Process, TREE, Thread, Tree};
 use crate::view::{DescriptionView, ProcessView, ThreadView};
@@ -208,28 +209,35 @@ fn capture_body(
         let own_tid = status.ns_pid.last().copied().unwrap_or(*tid);
         let thread = ThreadView { process: view, tid: *tid, own_tid, proc, status };
         let mut program = Program::new();
-        let process_questions =
-            if *tid == process.pid { Some(ProcessState::ask(view, &mut program)?) } else { None };
+        let process_questions = if *tid == process.pid {
+            Some((ProcessState::ask(view, &mut program)?, LateState::ask(view, &mut program)?))
+        } else {
+            None
+        };
         let thread_questions = ThreadState::ask(&thread, &mut program)?;
         let mut visit = Visit::begin(process.pid, *tid, vdso, &foreign, caught, program.size())?;
         let outcome = visit.run(program)?;
         visit.end()?;
         outcome.check().map_err(|source| CaptureError::Question { pid: process.pid, source })?;
-        if let Some(questions) = &process_questions {
-            state = Some(ProcessState::capture(view, questions, &outcome)?);
+        if let Some((questions, late)) = &process_questions {
+            let late = LateState::capture(view, late, &outcome)?;
+            state = Some((ProcessState::capture(view, questions, &outcome)?, late));
         }
         threads.push(Thread {
             tid: own_tid,
             state: ThreadState::capture(&thread, &thread_questions, &outcome)?,
         });
     }
+    let (state, late) = state.ok_or(CaptureError::Ended { pid: process.pid })?;
     Ok(Body {
         space: spaces.next(),
         mappings: MappingState::capture_all(view, shared)?,
         descriptors: Vec::new(),
         threads,
         stopped: process.job_stopped,
-        state: state.ok_or(CaptureError::Ended { pid: process.pid })?,
+        locks: Vec::new(),
+        state,
+        late,
     })
 }
 
@@ -272,6 +280,9 @@ fn capture_descriptors(
                     break;
                 }
             }
+            let here =
+                same.is_some_and(|same| body.descriptors.iter().any(|known| known.description == same));
+            body.locks.extend(file_locks::capture(view, number, &info, here, same.is_some())?);
             let description = match same {
                 Some(index) => index,
                 None => {
@@ -285,7 +296,7 @@ fn capture_descriptors(
             body.descriptors.push(Descriptor { number, description, close_on_exec });
         }
     }
-    let own_pids = views.iter().map(|view| (view.pid, view.own_pid)).collect();
+    let own_pids: HashMap<i32, i32> = views.iter().map(|view| (view.pid, view.own_pid)).collect();
     let mut network = Network::look(views[0].pid, &found)?;
     let mut context = CaptureContext::new(
         sink,
@@ -302,12 +313,29 @@ fn capture_descriptors(
         .map(|view| {
             Ok(Description {
                 flags: view.info.flags & !(libc::O_CLOEXEC as u32),
-                owner: limosa_kernel::task::descriptor_owner(&view.descriptor),
+                owner: owner(view, &own_pids),
                 state: DescriptorState::capture(view, &mut context)?,
             })
         })
         .collect::<Result<_, CaptureError>>()?;
     Ok((descriptions, network))
+}
+
+/// Who gets the signals of a description (`F_SETOWN_EX`), by the ID that the processes see.
+fn owner(view: &DescriptionView, own_pids: &HashMap<i32, i32>) -> Option<(i32, i32, i32)> {
+    const F_OWNER_TID: i32 = 0;
+    let (kind, id, signal) = task::descriptor_owner(&view.descriptor)?;
+    let own = match own_pids.get(&id) {
+        Some(own) => *own,
+        None if kind == F_OWNER_TID => {
+            // A thread's directory can be opened by its number alone.
+            let status = limosa_kernel::proc::ProcDir::open(id).and_then(|proc| proc.status()).ok()?;
+            *status.ns_pid.last()?
+        }
+        // Outside the tree; the same number only where the tree sees the numbers that Limosa sees.
+        None => (view.process.pid == view.process.own_pid).then_some(id)?,
+    };
+    Some((kind, own, signal))
 }
 
 /// Has a frozen parent reap children that have just been ended: process 1 may be slow to do it.

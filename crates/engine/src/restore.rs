@@ -10,6 +10,7 @@
 mod births;
 mod build;
 mod descriptors;
+mod inside;
 mod start;
 
 use std::collections::HashMap;
@@ -30,6 +31,8 @@ use crate::report::Report;
 use crate::resources::DescriptorState;
 use crate::resources::mapping::{self, Backing};
 use crate::state::{Life, TREE, Tree};
+
+pub(crate) use inside::Inside;
 
 /// Sparse; what is used of it is a few hundred bytes for each object.
 const ARENA_SIZE: u64 = 8 << 30;

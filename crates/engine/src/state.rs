@@ -7,9 +7,10 @@
 use limosa_image::SpaceId;
 use serde::{Deserialize, Serialize};
 
+use crate::resources::file_locks::FileLock;
 use crate::resources::mapping::MappingState;
 use crate::resources::shared_memory::SharedObject;
-use crate::resources::{DescriptorState, NamespaceState, ProcessState, ThreadState};
+use crate::resources::{DescriptorState, LateState, NamespaceState, ProcessState, ThreadState};
 
 /// Name of the section that holds the [`Tree`].
 pub const TREE: &str = "tree";
@@ -76,8 +77,12 @@ pub struct Body {
     pub threads: Vec<Thread>,
     /// The signal that stopped it, if job control did.
     pub stopped: Option<i32>,
-    /// Everything else a process has one of.
+    /// Its locks on files.
+    pub locks: Vec<FileLock>,
+    /// What a process has one of.
     pub state: ProcessState,
+    /// What a process has one of and needs its threads.
+    pub late: LateState,
 }
 
 /// A descriptor.

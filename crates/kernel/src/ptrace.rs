@@ -250,6 +250,17 @@ pub fn seccomp_filter(tid: i32, index: usize) -> Result<Option<Vec<FilterInstruc
     Ok(Some(program))
 }
 
+/// Whether what the `index`-th seccomp filter of a thread decides is logged (`SECCOMP_FILTER_FLAG_LOG`).
+pub fn seccomp_filter_is_logged(tid: i32, index: usize) -> Result<bool> {
+    const PTRACE_SECCOMP_GET_METADATA: libc::c_uint = 0x420d;
+    const SECCOMP_FILTER_FLAG_LOG: u64 = 1 << 1;
+    // struct seccomp_metadata: the filter's number, its flags.
+    let mut metadata = [index as u64, 0];
+    let (size, data) = (size_of_val(&metadata), metadata.as_mut_ptr() as usize);
+    request("ptrace(PTRACE_SECCOMP_GET_METADATA)", PTRACE_SECCOMP_GET_METADATA, tid, size, data)?;
+    Ok(metadata[1] & SECCOMP_FILTER_FLAG_LOG != 0)
+}
+
 fn decode(status: i32) -> WaitStatus {
     if libc::WIFSTOPPED(status) {
         WaitStatus::Stopped { signal: libc::WSTOPSIG(status), event: status >> 16 }

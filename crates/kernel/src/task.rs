@@ -155,6 +155,15 @@ pub fn affinity(tid: i32) -> Result<Vec<u64>> {
     Ok(mask)
 }
 
+/// Whether a process can choose the IDs of its POSIX timers (`PR_TIMER_CREATE_RESTORE_IDS`, Linux 6.15).
+pub fn timer_ids_can_be_chosen() -> bool {
+    const PR_TIMER_CREATE_RESTORE_IDS: i32 = 77;
+    const GET: i32 = 2;
+    fault::point();
+    // SAFETY: takes numbers only.
+    unsafe { libc::prctl(PR_TIMER_CREATE_RESTORE_IDS, GET, 0, 0, 0) >= 0 }
+}
+
 /// A thread's I/O priority as `ioprio_get(2)` encodes it.
 pub fn io_priority(tid: i32) -> Result<u32> {
     const IOPRIO_WHO_PROCESS: i32 = 1;

@@ -208,8 +208,7 @@ impl Program {
 
     /// Bytes of the memory image, at most (before the MOVEs are known exactly, each argument may need one).
     pub fn size(&self) -> usize {
-        let moves: usize =
-            self.ops.iter().map(|op| op.arguments.iter().filter(|a| a.is_late()).count()).sum();
+        let moves: usize = self.ops.iter().map(Op::moves).sum();
         (self.ops.len() + moves + 1) * OP_SIZE + self.data.len() + 16
     }
 

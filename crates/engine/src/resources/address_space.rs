@@ -21,8 +21,6 @@ pub struct AddressSpace {
     pub auxv: Vec<(u64, u64)>,
     /// Path of the executable.
     pub executable: serde_bytes::ByteBuf,
-    /// Which `/proc/PID/oom_score_adj`.
-    pub oom_score_adjustment: i32,
 }
 
 /// Where the break will be.
@@ -62,7 +60,6 @@ impl ProcessAttribute for AddressSpace {
             ],
             auxv: process.proc.auxv()?,
             executable: executable.into(),
-            oom_score_adjustment: process.proc.oom_score_adj()?,
         })
     }
 

@@ -8,11 +8,13 @@ use limosa_puppet::{CallId, Outcome, Program};
 use serde::{Deserialize, Serialize};
 
 use super::ThreadAttribute;
-use crate::error::{CaptureError, Refusal, RestoreError};
+use crate::error::{CaptureError, RestoreError};
+use crate::restore::Inside;
 use crate::view::ThreadView;
 
 const SECBIT_NO_SETUID_FIXUP: u64 = 1 << 2;
 const CAPABILITY_VERSION_3: u64 = 0x2008_0522;
+const SYS_ADMIN: u64 = 1 << 21;
 /// Capabilities are numbered from 0; Linux 6.18 knows 41.
 const CAPABILITIES: u64 = 64;
 
@@ -31,6 +33,8 @@ pub struct Credentials {
     pub securebits: u64,
     /// `PR_SET_NO_NEW_PRIVS`
     pub no_new_privileges: bool,
+    /// Whether seccomp is on, and nothing allows to install it once these credentials are set.
+    pub held_for_seccomp: bool,
     /// `PR_SET_DUMPABLE`
     pub dumpable: u64,
     /// `PR_SET_PDEATHSIG`: changing users clears it, so it is set after.
@@ -65,10 +69,6 @@ impl ThreadAttribute for Credentials {
     fn capture(thread: &ThreadView, asked: &Asked, outcome: &Outcome) -> Result<Self, CaptureError> {
         let question = |source| CaptureError::Question { pid: thread.process.pid, source };
         let status = &thread.status;
-        if status.seccomp.is_some_and(|mode| mode != 0) {
-            let reason = "it runs under a seccomp filter, which this version cannot carry";
-            return Err(Refusal::process(thread.process.pid, reason, "run it without the filter").into());
-        }
         let Capabilities { inheritable, permitted, effective, bounding, ambient } = status.capabilities;
         Ok(Self {
             users: ids(status.uid),
@@ -77,6 +77,9 @@ impl ThreadAttribute for Credentials {
             capabilities: [inheritable, permitted, effective, bounding, ambient],
             securebits: outcome.result(asked.securebits).map_err(question)?,
             no_new_privileges: status.no_new_privs,
+            held_for_seccomp: status.seccomp.is_some_and(|mode| mode != 0)
+                && !status.no_new_privs
+                && effective & SYS_ADMIN == 0,
             dumpable: outcome.result(asked.dumpable).map_err(question)?,
             parent_death_signal: outcome.word(asked.parent_death_signal, 0) & 0xffff_ffff,
         })
@@ -108,7 +111,10 @@ impl ThreadAttribute for Credentials {
             program.call(purpose, libc::SYS_prctl, arguments.map(Into::into));
         };
         prctl("set securebits", [libc::PR_SET_SECUREBITS as u64, self.securebits, 0]);
-        set_capabilities(program, inheritable, permitted, effective);
+        let held = if self.held_for_seccomp { SYS_ADMIN } else { 0 };
+        let header = program.words(&[CAPABILITY_VERSION_3]);
+        let sets = program.bytes(&capability_sets(inheritable, permitted | held, effective | held));
+        program.call("set capabilities", libc::SYS_capset, [header.into(), sets.into()]);
         for capability in (0..CAPABILITIES).filter(|bit| ambient & (1 << bit) != 0) {
             let arguments = [libc::PR_CAP_AMBIENT.into(), libc::PR_CAP_AMBIENT_RAISE.into(), capability.into()];
             program.call("raise an ambient capability", libc::SYS_prctl, arguments);
@@ -129,15 +135,24 @@ impl ThreadAttribute for Credentials {
     }
 }
 
-/// capset(2) with the 64-bit layout: header (version, PID 0), then low and high halves of each set.
-fn set_capabilities(program: &mut Program, inheritable: u64, permitted: u64, effective: u64) {
-    let header = program.words(&[CAPABILITY_VERSION_3]);
+impl Credentials {
+    /// Gives up the capability that the thread kept for installing seccomp. The filters are suspended.
+    pub(crate) fn drop_what_seccomp_needed(&self, thread: &mut Inside) -> Result<(), RestoreError> {
+        if !self.held_for_seccomp {
+            return Ok(());
+        }
+        let [inheritable, permitted, effective, ..] = self.capabilities;
+        let header = thread.bytes(&CAPABILITY_VERSION_3.to_le_bytes())?;
+        let sets = thread.bytes(&capability_sets(inheritable, permitted, effective))?;
+        thread.call("setting capabilities", libc::SYS_capset, [header, sets, 0, 0, 0, 0])?;
+        Ok(())
+    }
+}
+
+/// The sets as capset(2) takes them, in the 64-bit layout: low halves, then high halves of effective, permitted and
+/// inheritable. The header is the version, then PID 0.
+fn capability_sets(inheritable: u64, permitted: u64, effective: u64) -> Vec<u8> {
     let low = |set: u64| (set as u32).to_le_bytes();
     let high = |set: u64| ((set >> 32) as u32).to_le_bytes();
-    let halves: Vec<u8> = [
-        low(effective), low(permitted), low(inheritable), high(effective), high(permitted), high(inheritable),
-    ]
-    .concat();
-    let sets = program.bytes(&halves);
-    program.call("set capabilities", libc::SYS_capset, [header.into(), sets.into()]);
+    [low(effective), low(permitted), low(inheritable), high(effective), high(permitted), high(inheritable)].concat()
 }

@@ -97,6 +97,10 @@ impl DescriptorKind for File {
 /// The flags that open(2) is given again: neither those that create nor those of the descriptor.
 fn reopening_flags(flags: u32) -> OFlags {
     let once = OFlags::CREATE | OFlags::EXCL | OFlags::TRUNC | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let flags_of_paths = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW;
+    if OFlags::from_bits_retain(flags).contains(OFlags::PATH) {
+        return OFlags::from_bits_retain(flags) & flags_of_paths;
+    }
     // openat2 takes only what it knows; the kernel shows O_LARGEFILE (0o100000), which 64-bit opens imply.
     (OFlags::from_bits_retain(flags & !0o100_000) - once) | OFlags::NOCTTY
 }

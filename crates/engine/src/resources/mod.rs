@@ -1,9 +1,10 @@
 //! The rooms: one for each kind of kernel object.
 //!
 //! A room says what its object *is* in a checkpoint (a serde type), how it is captured and how it is rebuilt.
-//! Four kinds of rooms, each with a trait, each registered by one line below:
+//! Five kinds of rooms, each with a trait, each registered by one line below:
 //!
 //! - [`ProcessAttribute`]: what every process has one of (signal handlers, limits, …);
+//! - [`LateAttribute`]: what every process has one of and is set when its threads exist (limits, timers, …);
 //! - [`ThreadAttribute`]: what every thread has one of (registers, credentials, …);
 //! - [`DescriptorKind`]: what a descriptor can refer to (a file, a pipe, a socket, …);
 //! - [`Namespace`](namespaces::Namespace): what a container has of its own (host name, network, mounts, …).
@@ -21,6 +22,7 @@ use crate::error::{CaptureError, RestoreError};
 use crate::view::{DescriptionView, ProcessView, ThreadView};
 
 pub(crate) mod context;
+pub mod file_locks;
 pub mod mapping;
 pub mod namespaces;
 pub mod shared_memory;
@@ -42,6 +44,25 @@ pub trait ProcessAttribute: Sized {
     /// Adds the calls that give a puppet this state. The puppet still has all privileges, blocks all signals,
     /// and has its final mappings and descriptors.
     fn rebuild(&self, program: &mut Program);
+}
+
+/// Something that every process has one of and that is given back when its threads exist.
+pub trait LateAttribute: Sized {
+    /// Where the answers to its questions will be.
+    type Asked;
+
+    /// Adds what only the process itself can tell to `program`, which its leader will run.
+    fn ask(process: &ProcessView, program: &mut Program) -> Result<Self::Asked, CaptureError>;
+
+    /// The state, from the answers and from what can be seen from outside.
+    fn capture(process: &ProcessView, asked: &Self::Asked, outcome: &Outcome) -> Result<Self, CaptureError>;
+
+    /// Adds the calls that give a puppet this state. All its threads exist; its leader has all privileges yet.
+    fn rebuild(&self, program: &mut Program);
+
+    /// Sets from outside what no system call of the process can set; it is stopped, and nothing of ours runs in it
+    /// any more.
+    fn finish(&self, pid: i32) -> Result<(), RestoreError>;
 }
 
 /// Something that every thread has one of.
@@ -111,11 +132,11 @@ macro_rules! attributes {
 }
 
 macro_rules! finish_all {
-    ($($room:ident)*) => {
-        impl ThreadState {
-            /// Every room's last touch, by ptrace.
-            pub fn finish(&self, tid: i32) -> Result<(), RestoreError> {
-                $(self.$room.finish(tid)?;)*
+    ($state:ident: $($room:ident)*) => {
+        impl $state {
+            /// Every room's last touch, from outside.
+            pub fn finish(&self, id: i32) -> Result<(), RestoreError> {
+                $(self.$room.finish(id)?;)*
                 Ok(())
             }
         }
@@ -167,8 +188,24 @@ attributes! {
         filesystem: filesystem::Filesystem,
         /// Dispositions of signals.
         signal_handlers: signal_handlers::SignalHandlers,
+        /// Switches that prctl(2) and personality(2) set.
+        prctl_state: prctl_state::Switches,
     }
 }
+
+attributes! {
+    LateState, LateQuestions, ProcessView, LateAttribute, {
+        /// What happens to its memory in an emergency.
+        memory_policy: memory_policy::MemoryPolicy,
+        /// Timers of timer_create(2).
+        posix_timers: posix_timers::PosixTimers,
+        /// Timers of setitimer(2).
+        itimers: itimers::IntervalTimers,
+        /// Limits on resources; after all that they could hinder.
+        limits: limits::Limits,
+    }
+}
+finish_all! { LateState: memory_policy posix_timers itimers limits }
 
 attributes! {
     ThreadState, ThreadQuestions, ThreadView, ThreadAttribute, {
@@ -180,11 +217,15 @@ attributes! {
         signals: signals::Signals,
         /// The name.
         name: name::Name,
+        /// Policy, processors, priorities.
+        scheduling: scheduling::Scheduling,
         /// User, groups, capabilities.
         credentials: credentials::Credentials,
+        /// System-call filters.
+        seccomp: seccomp::Seccomp,
     }
 }
-finish_all! { registers pointers signals name credentials }
+finish_all! { ThreadState: registers pointers signals name scheduling credentials seccomp }
 
 descriptor_kinds! {
     eventfd: EventFd(eventfd::EventFd),

@@ -259,6 +259,17 @@ fn complete(
         add_clone(&mut program, &birth, CLONE_THREAD_FLAGS, 0, thread.tid);
         threads.push((thread.tid, birth));
     }
+    for descriptor in &body.descriptors {
+        if objects.owned.insert(descriptor.description)
+            && let Some(owner) = tree.descriptions[descriptor.description].owner
+        {
+            descriptors::set_owner(descriptor.number, owner, &mut program);
+        }
+    }
+    for lock in &body.locks {
+        lock.rebuild(&mut program);
+    }
+    body.late.rebuild(&mut program);
     body.threads[0].state.rebuild(&mut program);
     let given: Vec<BorrowedFd> = body
         .descriptors

@@ -1,6 +1,6 @@
 //! Descriptions are rebuilt once, in Limosa, and then given to every process that holds a descriptor of them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use std::path::PathBuf;
@@ -31,6 +31,8 @@ pub(crate) struct Objects {
     pub(crate) completions: HashMap<usize, Vec<Completion>>,
     /// What has to be done when the tree starts.
     pub(crate) starters: Vec<Starter>,
+    /// Descriptions whose owner has been set.
+    pub(crate) owned: HashSet<usize>,
     files: HashMap<(Vec<u8>, bool), OwnedFd>,
     root: OwnedFd,
 }
@@ -64,7 +66,15 @@ pub(crate) fn rebuild_all(
     }
     let starters = context.take_starters();
     drop(context);
-    Ok(Objects { descriptions, shared, completions, starters, files: HashMap::new(), root: own_root })
+    Ok(Objects {
+        descriptions,
+        shared,
+        completions,
+        starters,
+        owned: HashSet::new(),
+        files: HashMap::new(),
+        root: own_root,
+    })
 }
 
 /// Status flags that fcntl(F_SETFL) can set, whatever the kind.
@@ -182,6 +192,17 @@ pub(crate) fn place(program: &mut Program, socket: i32, descriptors: &[Descripto
         }
         taken.extend(batch.iter().map(|descriptor| descriptor.number));
     }
+}
+
+/// Adds the calls that set who gets the signals of a description, and which signal. The owner may be gone.
+pub(crate) fn set_owner(number: i32, (kind, id, signal): (i32, i32, i32), program: &mut Program) {
+    const F_SETSIG: i32 = 10;
+    const F_SETOWN_EX: i32 = 15;
+    let owner = program.words(&[u64::from(kind as u32) | u64::from(id as u32) << 32]);
+    let arguments = [number.into(), F_SETOWN_EX.into(), owner.into()];
+    program.try_call("set who gets a descriptor's signals", libc::SYS_fcntl, arguments);
+    let arguments = [number.into(), F_SETSIG.into(), signal.into()];
+    program.call("set a descriptor's signal", libc::SYS_fcntl, arguments);
 }
 
 /// The `count` lowest numbers that are not in `taken`, which is sorted.

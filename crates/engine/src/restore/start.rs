@@ -4,7 +4,7 @@ use limosa_kernel::proc::ProcDir;
 use limosa_kernel::ptrace::{self, Options, WaitStatus};
 use limosa_kernel::task;
 
-use super::Nursery;
+use super::{Inside, Nursery};
 use crate::error::RestoreError;
 use crate::state::{Life, Thread, Tree};
 
@@ -21,10 +21,12 @@ pub(crate) fn start_all(tree: &Tree, nursery: &mut Nursery) -> Result<(), Restor
         if let Life::Alive(body) = &process.life {
             let pid = nursery.puppets[index].pid();
             let threads = stop_threads(pid, &body.threads)?;
+            filter(&threads, nursery)?;
             leave(nursery, pid)?;
             if body.stopped.is_some() {
                 task::signal_process(pid, libc::SIGSTOP)?;
             }
+            body.late.finish(pid)?;
             actors.extend(threads);
         }
     }
@@ -53,7 +55,10 @@ fn stop_threads<'a>(pid: i32, threads: &'a [Thread]) -> Result<Vec<Actor<'a>>, R
             RestoreError::inconsistent(format!("process {pid} has a thread {own} too many"))
         })?;
         let options = Options::EXIT_KILL | Options::TRACE_SYSGOOD;
-        ptrace::seize(tid, options | Options::SUSPEND_SECCOMP).or_else(|_| ptrace::seize(tid, options))?;
+        ptrace::seize(tid, options | Options::SUSPEND_SECCOMP).or_else(|error| {
+            // Without it the filters would judge what is left to be done.
+            if thread.state.seccomp.is_on() { Err(error) } else { ptrace::seize(tid, options) }
+        })?;
         ptrace::interrupt(tid)?;
         actors.push(Actor { tid, thread });
     }
@@ -66,7 +71,7 @@ fn stop_threads<'a>(pid: i32, threads: &'a [Thread]) -> Result<Vec<Actor<'a>>, R
     Ok(actors)
 }
 
-fn await_stop(tid: i32) -> Result<WaitStatus, RestoreError> {
+pub(crate) fn await_stop(tid: i32) -> Result<WaitStatus, RestoreError> {
     match ptrace::wait(tid)? {
         status @ WaitStatus::Stopped { .. } => Ok(status),
         status => {
@@ -76,33 +81,22 @@ fn await_stop(tid: i32) -> Result<WaitStatus, RestoreError> {
     }
 }
 
+/// Installs seccomp in the threads that have it, and takes from them the capability that this took.
+fn filter(actors: &[Actor], nursery: &mut Nursery) -> Result<(), RestoreError> {
+    for actor in actors.iter().filter(|actor| actor.thread.state.seccomp.is_on()) {
+        let mut inside = Inside::new(actor.tid, &mut nursery.arena);
+        actor.thread.state.seccomp.install(&mut inside)?;
+        actor.thread.state.credentials.drop_what_seccomp_needed(&mut inside)?;
+        inside.park()?;
+    }
+    Ok(())
+}
+
 /// The leader unmaps the arena, our stub included, and stops before it returns to user mode: no instruction of
 /// ours or its own runs after that.
-fn leave(nursery: &Nursery, pid: i32) -> Result<(), RestoreError> {
-    let mut registers = ptrace::registers(pid)?;
-    registers.rip = nursery.arena.syscall_address();
-    registers.rax = libc::SYS_munmap as u64;
-    registers.orig_rax = u64::MAX;
-    registers.rdi = nursery.arena.base();
-    registers.rsi = nursery.arena.size();
-    ptrace::set_registers(pid, &registers)?;
-    // Entry and exit of the call, then a stop on the way back to user mode, where the kernel looks at what
-    // interrupted system calls want.
-    for _ in 0..2 {
-        ptrace::resume_to_syscall(pid)?;
-        await_stop(pid)?;
-    }
-    let result = ptrace::registers(pid)?.rax as i64;
-    if result != 0 {
-        let source = std::io::Error::from_raw_os_error(-result as i32);
-        return Err(RestoreError::Rebuild {
-            object: format!("process {pid}"),
-            step: "munmap of the stub",
-            source,
-        });
-    }
-    ptrace::interrupt(pid)?;
-    ptrace::resume(pid, 0)?;
-    await_stop(pid)?;
-    Ok(())
+fn leave(nursery: &mut Nursery, pid: i32) -> Result<(), RestoreError> {
+    let arguments = [nursery.arena.base(), nursery.arena.size(), 0, 0, 0, 0];
+    let mut leader = Inside::new(pid, &mut nursery.arena);
+    leader.call("munmap of the stub", libc::SYS_munmap, arguments)?;
+    leader.park()
 }
