@@ -21,6 +21,7 @@ use std::time::Duration;
 use limosa_kernel::net::InNetns;
 use limosa_kernel::net::nft::{self, PacketLock, Scope};
 use limosa_kernel::net::raw::{self, Kind};
+use limosa_kernel::net::sock_diag::{Diag, UnixName, UnixSocket};
 use limosa_kernel::net::sockopt::SocketOption;
 use limosa_kernel::net::tcp_repair::{self, State};
 use limosa_kernel::net::tcp_snapshot::{self, Snapshot, SnapshotError};
@@ -106,6 +107,7 @@ pub(crate) fn kind(view: &DescriptionView) -> Option<Kind> {
 pub struct Network {
     places: Vec<Locked>,
     connections: HashMap<u64, Result<Snapshot, SnapshotError>>,
+    unix: HashMap<u64, UnixSocket>,
 }
 
 /// The tree's connections in one network namespace.
@@ -155,6 +157,29 @@ impl Network {
     /// The snapshot of the connection with that inode number, once.
     pub(crate) fn take(&mut self, inode: u64) -> Option<Result<Snapshot, SnapshotError>> {
         self.connections.remove(&inode)
+    }
+
+    /// What the kernel lists of a unix socket. The namespace that it is in is listed once.
+    pub(crate) fn unix(&mut self, view: &DescriptionView) -> Result<UnixSocket, CaptureError> {
+        let inode = view.stat.st_ino;
+        if !self.unix.contains_key(&inode) {
+            let listed = Diag::open_for(&view.descriptor)?.unix()?;
+            self.unix.extend(listed.into_iter().map(|socket| (socket.inode, socket)));
+        }
+        self.unix.get(&inode).cloned().ok_or_else(|| {
+            let reason = "the kernel does not list it among the unix sockets of its network namespace";
+            view.refuse(reason, "load the kernel module unix_diag").into()
+        })
+    }
+
+    /// The name of a listed unix socket.
+    pub(crate) fn unix_name(&self, inode: u64) -> Option<UnixName> {
+        self.unix.get(&inode)?.name.clone()
+    }
+
+    /// Whether a unix socket's connection waits in a listening one.
+    pub(crate) fn waits_to_be_accepted(&self, inode: u64) -> bool {
+        self.unix.values().any(|socket| socket.pending.contains(&inode))
     }
 
     /// The tree has ended: its connections vanish without a packet, and stay locked for the restore. Limosa's last

@@ -237,6 +237,7 @@ descriptor_kinds! {
     pidfd: PidFd(pidfd::PidFd),
     tcp: Tcp(tcp::Tcp),
     udp: Udp(udp::Udp),
+    unix_socket: UnixSocket(unix_socket::UnixSocket),
     other_socket: OtherSocket(other_socket::OtherSocket),
     pipe: Pipe(pipe::Pipe),
     file: File(file::File),

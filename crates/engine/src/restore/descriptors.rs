@@ -12,9 +12,9 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use crate::error::RestoreError;
 use crate::network::Starter;
-use crate::resources::RebuildContext;
 use crate::resources::context::Completion;
 use crate::resources::mapping::{Backing, MappedFile};
+use crate::resources::{DescriptorState, RebuildContext, unix_socket};
 use crate::state::{Descriptor, Tree};
 
 /// Most descriptors that one message carries (`SCM_MAX_FD`).
@@ -66,6 +66,7 @@ pub(crate) fn rebuild_all(
     }
     let starters = context.take_starters();
     drop(context);
+    rebuild_unix_sockets(tree, &mut descriptions, &own_root)?;
     Ok(Objects {
         descriptions,
         shared,
@@ -75,6 +76,28 @@ pub(crate) fn rebuild_all(
         files: HashMap::new(),
         root: own_root,
     })
+}
+
+/// Puts unix sockets in the places of their placeholders.
+fn rebuild_unix_sockets(
+    tree: &Tree,
+    descriptions: &mut [OwnedFd],
+    root: &OwnedFd,
+) -> Result<(), RestoreError> {
+    let sockets: Vec<_> = tree
+        .descriptions
+        .iter()
+        .enumerate()
+        .filter_map(|(index, description)| match &description.state {
+            DescriptorState::UnixSocket(socket) => Some((index, socket)),
+            _ => None,
+        })
+        .collect();
+    for (index, socket) in unix_socket::rebuild::assemble(&sockets, descriptions, root.as_fd())? {
+        set_status(&socket, tree.descriptions[index].flags, "unix socket")?;
+        descriptions[index] = socket;
+    }
+    Ok(())
 }
 
 /// Status flags that fcntl(F_SETFL) can set, whatever the kind.

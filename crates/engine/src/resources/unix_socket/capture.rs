@@ -1,0 +1,132 @@
+//! Reading a unix socket from outside: the kernel's listing, its name and file, and its queue.
+
+use std::os::fd::{AsFd, AsRawFd};
+
+use limosa_kernel::net::sock_diag::{self, UnixName};
+use limosa_kernel::net::{peek, raw, sockopt};
+use limosa_kernel::task::{self, Comparison};
+
+use super::{Kind, Message, Name, Role, SocketFile, UnixSocket, shut};
+use crate::error::CaptureError;
+use crate::network;
+use crate::resources::CaptureContext;
+use crate::view::DescriptionView;
+
+const ESTABLISHED: u8 = 1;
+const LISTEN: u8 = 10;
+
+pub(super) fn capture(
+    view: &DescriptionView,
+    context: &mut CaptureContext,
+) -> Result<UnixSocket, CaptureError> {
+    let inode = view.stat.st_ino;
+    let listed = context.network.unix(view)?;
+    let kind = match i32::from(listed.kind) {
+        libc::SOCK_STREAM => Kind::Stream,
+        libc::SOCK_DGRAM => Kind::Datagram,
+        _ => Kind::Packets,
+    };
+    let role = role(view, &listed, kind, context)?;
+    let (read_shut, write_shut) = shut(listed.shutdown);
+    let queue = match role {
+        Role::Listening { .. } => Vec::new(),
+        _ => queue(view, context)?,
+    };
+    let file = if matches!(listed.name, Some(UnixName::Path(_))) { file(view)? } else { None };
+    Ok(UnixSocket {
+        inode,
+        kind,
+        name: listed.name.map(Name::from),
+        file,
+        role,
+        read_shut,
+        write_shut,
+        queue,
+        options: network::to_state(sockopt::capture(&view.descriptor)?),
+        peek_offset: sockopt::peek_offset(&view.descriptor)?,
+    })
+}
+
+fn role(
+    view: &DescriptionView,
+    listed: &sock_diag::UnixSocket,
+    kind: Kind,
+    context: &mut CaptureContext,
+) -> Result<Role, CaptureError> {
+    let again = "try again; a live server accepts them at once";
+    if listed.state == LISTEN {
+        if !listed.pending.is_empty() {
+            let reason = format!("{} connections wait in it and are not accepted yet", listed.pending.len());
+            return Err(view.refuse(reason, again).into());
+        }
+        return Ok(Role::Listening { backlog: listed.send_queue });
+    }
+    let Some(peer) = listed.peer else {
+        if context.network.waits_to_be_accepted(view.stat.st_ino) {
+            return Err(view.refuse("its connection is not accepted yet", again).into());
+        }
+        let connected = listed.state == ESTABLISHED && kind != Kind::Datagram;
+        return Ok(if connected { Role::Orphaned } else { Role::Idle });
+    };
+    if context.descriptions.iter().any(|other| other.stat.st_ino == peer && network::kind(other).is_some()) {
+        return Ok(Role::Connected { peer });
+    }
+    match (kind, context.network.unix_name(peer)) {
+        (Kind::Datagram, Some(name)) => Ok(Role::ToName { name: name.into() }),
+        _ => {
+            let reason = format!("it is connected to a process outside the tree (socket {peer})");
+            Err(view.refuse(reason, "checkpoint both processes together, or close the connection").into())
+        }
+    }
+}
+
+fn queue(view: &DescriptionView, context: &CaptureContext) -> Result<Vec<Message>, CaptureError> {
+    let messages = peek::receive_queue(view.descriptor.as_fd())?;
+    let mut queue = Vec::with_capacity(messages.len());
+    for message in messages {
+        let mut rights = Vec::with_capacity(message.descriptors.len());
+        for right in &message.descriptors {
+            rights.push(description_of(view, right, context)?);
+        }
+        let from = message.sender.get(2..).and_then(UnixName::from_sun_path).map(Name::from);
+        queue.push(Message { data: message.data.into(), from, rights });
+    }
+    Ok(queue)
+}
+
+/// Which description of the tree a descriptor in flight refers to.
+fn description_of(
+    view: &DescriptionView,
+    right: &std::os::fd::OwnedFd,
+    context: &CaptureContext,
+) -> Result<usize, CaptureError> {
+    let own = std::process::id() as i32;
+    let stat = rustix::fs::fstat(right).map_err(view.error("fstat of a descriptor in flight"))?;
+    for (index, other) in context.descriptions.iter().enumerate() {
+        if (other.stat.st_dev, other.stat.st_ino) == (stat.st_dev, stat.st_ino) {
+            let (a, b) = (right.as_raw_fd() as u64, other.descriptor.as_raw_fd() as u64);
+            if task::kcmp(own, own, Comparison::File, a, b)?.is_eq() {
+                return Ok(index);
+            }
+        }
+    }
+    let reason = "a descriptor is in flight in it that no process of the tree has open";
+    Err(view.refuse(reason, "let the process receive it, and try again").into())
+}
+
+/// The file of a socket bound to a path; none if it has been removed.
+fn file(view: &DescriptionView) -> Result<Option<SocketFile>, CaptureError> {
+    let Ok(file) = raw::unix_file(&view.descriptor) else { return Ok(None) };
+    let stat = rustix::fs::fstat(&file).map_err(view.error("fstat of a socket's file"))?;
+    if stat.st_nlink == 0 {
+        return Ok(None);
+    }
+    let path = rustix::fs::readlink(format!("/proc/self/fd/{}", file.as_raw_fd()), Vec::new())
+        .map_err(view.error("reading a socket's path"))?;
+    Ok(Some(SocketFile {
+        path: path.into_bytes().into(),
+        mode: stat.st_mode & 0o7777,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+    }))
+}

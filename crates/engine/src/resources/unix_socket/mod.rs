@@ -1,0 +1,151 @@
+//! Unix sockets (unix(7)) of the three types: pairs, listening, connected, bound to a path or an abstract name, with
+//! what is queued in them, message by message, and descriptors in flight.
+//!
+//! Sockets refer to each other, by names and by being connected, so they are rebuilt together, when every other description
+//! exists: until then a placeholder stands for each (see [`rebuild::assemble`]).
+//!
+//! Refused: a connection to a process outside the tree (but a datagram socket connected to a name is connected to
+//! it again, as to `/dev/log`); connections not yet accepted, which cannot be read without accepting them; a descriptor in
+//! flight that no process of the tree has open.
+//!
+//! Not kept yet: peer credentials (`SO_PEERCRED`) are those of Limosa, which makes the connection. The kernel takes
+//! them from the process that calls socketpair(2), connect(2) or listen(2), so this wants a program in the puppets.
+//! Credentials of queued messages (`SCM_CREDENTIALS`) are those of Limosa for the same reason.
+
+use std::os::fd::OwnedFd;
+
+use limosa_kernel::net::sock_diag::{Shutdown, UnixName};
+use serde::{Deserialize, Serialize};
+
+use super::{CaptureContext, DescriptorKind, RebuildContext};
+use crate::error::{CaptureError, RestoreError};
+use crate::network::{self, OptionState};
+use crate::view::DescriptionView;
+
+mod capture;
+pub(crate) mod rebuild;
+
+/// A unix socket.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct UnixSocket {
+    /// Its inode number, which tells sockets of one checkpoint apart.
+    pub inode: u64,
+    /// Stream, datagram or sequenced packets.
+    pub kind: Kind,
+    /// The name it is bound to. An accepted socket has that of its listener.
+    pub name: Option<Name>,
+    /// The file of that name.
+    pub file: Option<SocketFile>,
+    /// What it does.
+    pub role: Role,
+    /// Reading is shut down.
+    pub read_shut: bool,
+    /// Writing is shut down.
+    pub write_shut: bool,
+    /// What is not read, oldest first.
+    pub queue: Vec<Message>,
+    /// The options that differ from a new socket's.
+    pub options: Vec<OptionState>,
+    /// `SO_PEEK_OFF`; -1 where it is not used.
+    pub peek_offset: i32,
+}
+
+/// The type of a unix socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// `SOCK_STREAM`
+    Stream,
+    /// `SOCK_DGRAM`
+    Datagram,
+    /// `SOCK_SEQPACKET`
+    Packets,
+}
+
+/// The name of a unix socket.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Name {
+    /// A path as it was given to bind(2).
+    Path(serde_bytes::ByteBuf),
+    /// An abstract name, without its leading zero.
+    Abstract(serde_bytes::ByteBuf),
+}
+
+impl From<UnixName> for Name {
+    fn from(name: UnixName) -> Self {
+        match name {
+            UnixName::Path(path) => Self::Path(path.into()),
+            UnixName::Abstract(name) => Self::Abstract(name.into()),
+        }
+    }
+}
+
+/// The file that a socket is bound to.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct SocketFile {
+    /// Its absolute path; it tells where a relative name is meant.
+    pub path: serde_bytes::ByteBuf,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+/// What a unix socket does.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Not connected.
+    Idle,
+    /// Waiting for connections.
+    Listening {
+        /// The limit of connections not yet accepted.
+        backlog: u32,
+    },
+    /// Connected to another socket of the tree. A datagram socket's peer need not be connected to it.
+    Connected {
+        /// The inode number of the other.
+        peer: u64,
+    },
+    /// Was connected; the other end is closed.
+    Orphaned,
+    /// A datagram socket that is connected to a name outside the tree.
+    ToName {
+        /// The name.
+        name: Name,
+    },
+}
+
+/// Something queued: a message; on a stream, a stretch of bytes.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Message {
+    /// The bytes.
+    pub data: serde_bytes::ByteBuf,
+    /// The name of the sender (datagrams only).
+    pub from: Option<Name>,
+    /// Descriptors sent with the first byte, by index of the description.
+    pub rights: Vec<usize>,
+}
+
+impl DescriptorKind for UnixSocket {
+    fn recognise(view: &DescriptionView) -> bool {
+        network::kind(view).is_some_and(|kind| kind.domain == libc::AF_UNIX)
+    }
+
+    fn capture(view: &DescriptionView, context: &mut CaptureContext) -> Result<Self, CaptureError> {
+        capture::capture(view, context)
+    }
+
+    fn rebuild(&self, _flags: u32, _context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
+        rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)
+            .map_err(RestoreError::rebuild("unix socket", "eventfd (a placeholder)"))
+    }
+}
+
+/// Both directions as the kernel lists them.
+fn shut(shutdown: Shutdown) -> (bool, bool) {
+    (shutdown.read, shutdown.write)
+}

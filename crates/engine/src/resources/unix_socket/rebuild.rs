@@ -1,0 +1,529 @@
+//! Making all unix sockets of a tree again.
+//!
+//! ```text
+//! sockets, names, listeners ─► connections ─► queues, by the senders ─► shutdowns ─► options
+//! ```
+
+use std::collections::HashMap;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use limosa_kernel::net::sockopt::{self, Phase};
+use limosa_kernel::net::raw;
+use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, Uid};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+};
+
+use super::{Kind, Message, Name, Role, SocketFile, UnixSocket};
+use crate::error::RestoreError;
+use crate::network;
+
+const KIND: &str = "unix socket";
+/// `SCM_MAX_FD`.
+const MOST_RIGHTS: usize = 253;
+
+fn fail(step: &'static str) -> impl FnOnce(rustix::io::Errno) -> RestoreError {
+    RestoreError::rebuild(KIND, step)
+}
+
+/// Makes `sockets` (with the index of their description) and returns them by that index. `descriptions` are the
+/// tree's others, for rights in flight; paths are resolved below `root`.
+pub(crate) fn assemble(
+    sockets: &[(usize, &UnixSocket)],
+    descriptions: &[OwnedFd],
+    root: BorrowedFd<'_>,
+) -> Result<HashMap<usize, OwnedFd>, RestoreError> {
+    let mut assembly = Assembly { sockets, made: HashMap::new(), root };
+    for (_, socket) in sockets {
+        if !matches!(socket.role, Role::Connected { .. } | Role::Orphaned) || socket.kind == Kind::Datagram {
+            assembly.place(socket)?;
+        }
+    }
+    for (_, socket) in sockets {
+        assembly.connect(socket)?;
+    }
+    // The sockets have their final descriptors: those in flight may be such sockets themselves.
+    for (_, socket) in sockets {
+        assembly.fill(socket, descriptions)?;
+    }
+    for (_, socket) in sockets {
+        assembly.finish(socket)?;
+    }
+    let mut made = assembly.made;
+    let take = |(index, socket): &(usize, &UnixSocket)| made.remove(&socket.inode).map(|fd| (*index, fd));
+    Ok(sockets.iter().filter_map(take).collect())
+}
+
+struct Assembly<'a> {
+    sockets: &'a [(usize, &'a UnixSocket)],
+    made: HashMap<u64, OwnedFd>,
+    root: BorrowedFd<'a>,
+}
+
+impl Assembly<'_> {
+    fn by_inode(&self, inode: u64) -> Option<&UnixSocket> {
+        self.sockets.iter().find(|(_, socket)| socket.inode == inode).map(|(_, socket)| *socket)
+    }
+
+    fn get(&self, inode: u64) -> Result<&OwnedFd, RestoreError> {
+        self.made
+            .get(&inode)
+            .ok_or_else(|| RestoreError::inconsistent(format!("there is no unix socket {inode}")))
+    }
+
+    /// A socket with its name. Datagram pairs without names are made by [`Self::connect`].
+    fn place(&mut self, socket: &UnixSocket) -> Result<(), RestoreError> {
+        let unnamed_pair = socket.name.is_none()
+            && matches!(socket.role, Role::Connected { peer } if self.by_inode(peer).is_some_and(|peer| peer.name.is_none()));
+        if unnamed_pair {
+            return Ok(());
+        }
+        let made = new(socket.kind)?;
+        before_bind(&made, socket)?;
+        if let Some(name) = &socket.name {
+            bind(&made, name, socket.file.as_ref(), self.root)?;
+        }
+        if let Role::Listening { backlog } = socket.role {
+            rustix::net::listen(&made, i32::try_from(backlog).unwrap_or(i32::MAX)).map_err(fail("listen"))?;
+        }
+        self.made.insert(socket.inode, made);
+        Ok(())
+    }
+
+    fn connect(&mut self, socket: &UnixSocket) -> Result<(), RestoreError> {
+        match &socket.role {
+            Role::Idle | Role::Listening { .. } => Ok(()),
+            Role::ToName { name } => {
+                // Whoever has the name may be gone; then the application learns it at its next send.
+                let address = address_below(name, self.root)?;
+                if let Err(error) = rustix::net::connect(self.get(socket.inode)?, &address.0) {
+                    tracing::warn!(?name, %error, "a datagram socket is not connected to its name again");
+                }
+                Ok(())
+            }
+            Role::Orphaned => {
+                let (kept, other) = pair(socket.kind)?;
+                before_bind(&kept, socket)?;
+                enlarge(&other, &socket.queue)?;
+                // Rights come later in order, but this end is closed then: it is kept until the queue is filled.
+                self.made.insert(socket.inode, kept);
+                self.made.insert(orphan(socket.inode), other);
+                Ok(())
+            }
+            Role::Connected { peer } if socket.kind == Kind::Datagram && self.made.contains_key(&socket.inode) => {
+                let target = self.by_inode(*peer).and_then(|peer| peer.name.as_ref());
+                let Some(name) = target else {
+                    if socket.name.is_none() && self.made.contains_key(peer) {
+                        // Made as a pair with it.
+                        return Ok(());
+                    }
+                    return Err(RestoreError::inconsistent("a datagram socket connected to one without a name"));
+                };
+                let address = address(name, self.get(*peer)?)?;
+                rustix::net::connect(self.get(socket.inode)?, &address.0).map_err(fail("connect"))
+            }
+            Role::Connected { .. } if self.made.contains_key(&socket.inode) => Ok(()),
+            Role::Connected { peer } => {
+                let other = self.by_inode(*peer).ok_or_else(|| {
+                    RestoreError::inconsistent(format!("unix socket {} has no peer", socket.inode))
+                })?;
+                let (inode, other_inode) = (socket.inode, other.inode);
+                let (one, two) = self.connection(socket, other)?;
+                self.made.insert(inode, one);
+                self.made.insert(other_inode, two);
+                Ok(())
+            }
+        }
+    }
+
+    /// The two ends of a connection, with their names.
+    fn connection(&self, one: &UnixSocket, two: &UnixSocket) -> Result<(OwnedFd, OwnedFd), RestoreError> {
+        if one.name.is_none() && two.name.is_none() {
+            let made = pair(one.kind)?;
+            before_bind(&made.0, one)?;
+            before_bind(&made.1, two)?;
+            return Ok(made);
+        }
+        // The accepted end has the name of the listener; where both have names, one that listens is its sign.
+        let listener_of = |end: &UnixSocket| {
+            let is = |(_, other): &&(usize, &UnixSocket)| {
+                end.name.is_some() && other.name == end.name && matches!(other.role, Role::Listening { .. })
+            };
+            self.sockets.iter().find(is).map(|(_, listener)| *listener)
+        };
+        let one_accepted = listener_of(one).is_some() || (two.name.is_none() && listener_of(two).is_none());
+        let (client, server) = if one_accepted { (two, one) } else { (one, two) };
+        let made = new(client.kind)?;
+        before_bind(&made, client)?;
+        if let Some(name) = &client.name {
+            bind(&made, name, client.file.as_ref(), self.root)?;
+        }
+        let Some(name) = &server.name else {
+            return Err(RestoreError::inconsistent("an accepted unix socket without a name"));
+        };
+        let accepted = match listener_of(server) {
+            Some(listener) => meet(&made, name, self.get(listener.inode)?)?,
+            None => {
+                // Its listener is gone; another of that name accepts once.
+                let listener = new(server.kind)?;
+                bind(&listener, name, None, self.root)?;
+                rustix::net::listen(&listener, 1).map_err(fail("listen"))?;
+                meet(&made, name, &listener)?
+            }
+        };
+        before_bind(&accepted, server)?;
+        Ok(if one_accepted { (accepted, made) } else { (made, accepted) })
+    }
+
+    /// Sends a socket what it has not read.
+    fn fill(&mut self, socket: &UnixSocket, descriptions: &[OwnedFd]) -> Result<(), RestoreError> {
+        if let Role::Orphaned = socket.role {
+            let other = self.made.remove(&orphan(socket.inode)).ok_or_else(|| RestoreError::inconsistent("an end"))?;
+            for message in &socket.queue {
+                self.send(&other, None, message, descriptions)?;
+            }
+            return Ok(());
+        }
+        for message in &socket.queue {
+            if socket.kind != Kind::Datagram {
+                let Role::Connected { peer } = socket.role else {
+                    return Err(RestoreError::inconsistent("a unix socket without a peer that has a queue"));
+                };
+                let sender = self.get(peer)?;
+                enlarge(sender, &socket.queue)?;
+                self.send(sender, None, message, descriptions)?;
+                continue;
+            }
+            // From the socket of the sender's name; without a name from the peer, or from a new socket.
+            let named = self.sockets.iter().find(|(_, other)| message.from.is_some() && other.name == message.from);
+            let peer = match socket.role {
+                Role::Connected { peer } if named.is_none() => self.by_inode(peer),
+                _ => None,
+            };
+            let temporary;
+            let sender = match named.map(|(_, sender)| *sender).or(peer) {
+                Some(sender) => self.get(sender.inode)?,
+                None => {
+                    temporary = new(Kind::Datagram)?;
+                    &temporary
+                }
+            };
+            enlarge(sender, &socket.queue)?;
+            let address = match &socket.name {
+                Some(name) => Some(address(name, self.get(socket.inode)?)?),
+                None => None,
+            };
+            self.send(sender, address.as_ref(), message, descriptions)?;
+        }
+        Ok(())
+    }
+
+    fn send(
+        &self,
+        sender: &OwnedFd,
+        to: Option<&(SocketAddrUnix, Option<OwnedFd>)>,
+        message: &Message,
+        descriptions: &[OwnedFd],
+    ) -> Result<(), RestoreError> {
+        if message.rights.len() > MOST_RIGHTS {
+            return Err(RestoreError::inconsistent("more descriptors in flight than a message can carry"));
+        }
+        let mut rights = Vec::with_capacity(message.rights.len());
+        for index in &message.rights {
+            let socket = self.sockets.iter().find(|(own, _)| own == index);
+            rights.push(match socket {
+                Some((_, socket)) => self.get(socket.inode)?.as_fd(),
+                None => descriptions
+                    .get(*index)
+                    .ok_or_else(|| RestoreError::inconsistent(format!("there is no description {index}")))?
+                    .as_fd(),
+            });
+        }
+        let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_RIGHTS))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !rights.is_empty() {
+            ancillary.push(SendAncillaryMessage::ScmRights(&rights));
+        }
+        let bytes = [IoSlice::new(&message.data)];
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let sent = match to {
+            Some((address, _)) => rustix::net::sendmsg_addr(sender, address, &bytes, &mut ancillary, flags),
+            None => rustix::net::sendmsg(sender, &bytes, &mut ancillary, flags),
+        };
+        match sent.map_err(fail("sendmsg"))? {
+            sent if sent == message.data.len() => Ok(()),
+            _ => Err(RestoreError::inconsistent("the queue of a unix socket does not fit into it")),
+        }
+    }
+
+    fn finish(&self, socket: &UnixSocket) -> Result<(), RestoreError> {
+        use rustix::net::{Shutdown, shutdown};
+        let fd = self.get(socket.inode)?;
+        if !matches!(socket.role, Role::Orphaned | Role::Listening { .. }) {
+            for (wanted, how) in [(socket.read_shut, Shutdown::Read), (socket.write_shut, Shutdown::Write)] {
+                match if wanted { shutdown(fd, how) } else { Ok(()) } {
+                    Ok(()) | Err(rustix::io::Errno::NOTCONN) => {}
+                    Err(error) => return Err(fail("shutdown")(error)),
+                }
+            }
+        }
+        sockopt::apply(fd, &network::from_state(&socket.options), Phase::Last)?;
+        if socket.peek_offset >= 0 {
+            sockopt::set_peek_offset(fd, socket.peek_offset)?;
+        }
+        Ok(())
+    }
+}
+
+/// Where the closed end of an orphan is kept meanwhile: no inode number has this bit.
+fn orphan(inode: u64) -> u64 {
+    inode | 1 << 63
+}
+
+fn kind(kind: Kind) -> SocketType {
+    match kind {
+        Kind::Stream => SocketType::STREAM,
+        Kind::Datagram => SocketType::DGRAM,
+        Kind::Packets => SocketType::SEQPACKET,
+    }
+}
+
+fn new(of: Kind) -> Result<OwnedFd, RestoreError> {
+    rustix::net::socket_with(AddressFamily::UNIX, kind(of), SocketFlags::CLOEXEC, None).map_err(fail("socket"))
+}
+
+fn pair(of: Kind) -> Result<(OwnedFd, OwnedFd), RestoreError> {
+    rustix::net::socketpair(AddressFamily::UNIX, kind(of), SocketFlags::CLOEXEC, None).map_err(fail("socketpair"))
+}
+
+fn before_bind(fd: &OwnedFd, socket: &UnixSocket) -> Result<(), RestoreError> {
+    Ok(sockopt::apply(fd, &network::from_state(&socket.options), Phase::BeforeBind)?)
+}
+
+/// Room for a queue in the buffer of its sender, which the kernel charges; the captured size is set last.
+fn enlarge(sender: &OwnedFd, queue: &[Message]) -> Result<(), RestoreError> {
+    let bytes: usize = queue.iter().map(|message| message.data.len() * 2 + 2_048).sum();
+    if bytes < 100_000 {
+        return Ok(());
+    }
+    rustix::net::sockopt::set_socket_send_buffer_size_force(sender, bytes.min(1 << 30))
+        .map_err(fail("setsockopt(SO_SNDBUFFORCE)"))
+}
+
+/// The address under which a bound socket that we have can be reached, whatever root its path is meant below.
+fn address(name: &Name, bound: &OwnedFd) -> Result<(SocketAddrUnix, Option<OwnedFd>), RestoreError> {
+    match name {
+        Name::Abstract(name) => {
+            Ok((SocketAddrUnix::new_abstract_name(name).map_err(fail("making an address"))?, None))
+        }
+        Name::Path(_) => {
+            let file = raw::unix_file(bound)?;
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            Ok((SocketAddrUnix::new(path).map_err(fail("making an address"))?, Some(file)))
+        }
+    }
+}
+
+/// The same for a name of somebody else.
+fn address_below(
+    name: &Name,
+    root: BorrowedFd<'_>,
+) -> Result<(SocketAddrUnix, Option<OwnedFd>), RestoreError> {
+    use rustix::fs::{OFlags, ResolveFlags, openat2};
+    match name {
+        Name::Abstract(name) => {
+            Ok((SocketAddrUnix::new_abstract_name(name).map_err(fail("making an address"))?, None))
+        }
+        Name::Path(path) => {
+            let flags = OFlags::PATH | OFlags::CLOEXEC;
+            let file = openat2(root, path.as_slice(), flags, Mode::empty(), ResolveFlags::IN_ROOT);
+            // A path that leads nowhere fails in connect(2), where it is reported.
+            let number = file.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+            let address = SocketAddrUnix::new(format!("/proc/self/fd/{number}"));
+            Ok((address.map_err(fail("making an address"))?, file.ok()))
+        }
+    }
+}
+
+/// Connects to a listener and accepts on its side.
+fn meet(client: &OwnedFd, name: &Name, listener: &OwnedFd) -> Result<OwnedFd, RestoreError> {
+    let (address, _file) = address(name, listener)?;
+    rustix::net::connect(client, &address).map_err(fail("connect"))?;
+    rustix::net::accept_with(listener, SocketFlags::CLOEXEC).map_err(fail("accept"))
+}
+
+/// Binds to exactly the captured name. A path is resolved by a thread whose root is the tree's, and whose working
+/// directory is the one that a relative path was meant in.
+/// Without a `file` the path had been removed: it is removed again.
+fn bind(
+    socket: &OwnedFd,
+    name: &Name,
+    file: Option<&SocketFile>,
+    root: BorrowedFd<'_>,
+) -> Result<(), RestoreError> {
+    let path = match name {
+        Name::Abstract(name) => {
+            let address = SocketAddrUnix::new_abstract_name(name).map_err(fail("making an address"))?;
+            return rustix::net::bind(socket, &address).map_err(fail("bind"));
+        }
+        Name::Path(path) => path,
+    };
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| -> Result<(), RestoreError> {
+            limosa_kernel::namespace::unshare_directories()?;
+            rustix::process::fchdir(root).map_err(fail("fchdir"))?;
+            rustix::process::chroot(".").map_err(fail("chroot"))?;
+            if path.first() != Some(&b'/') {
+                let whole = file.map(|file| file.path.as_slice()).unwrap_or_default();
+                let directory = whole.strip_suffix(path.as_slice()).filter(|directory| !directory.is_empty());
+                let Some(directory) = directory else {
+                    return Err(RestoreError::inconsistent("a relative path of a socket without its directory"));
+                };
+                rustix::process::chdir(directory).map_err(fail("chdir"))?;
+            }
+            bind_here(socket, path, file)
+        });
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn bind_here(socket: &OwnedFd, path: &[u8], file: Option<&SocketFile>) -> Result<(), RestoreError> {
+    let address = SocketAddrUnix::new(path).map_err(fail("making an address"))?;
+    if file.is_some()
+        && let Ok(stat) = rustix::fs::lstat(path)
+        && FileType::from_raw_mode(stat.st_mode) == FileType::Socket
+    {
+        // What the checkpointed socket left.
+        rustix::fs::unlink(path).map_err(fail("unlink"))?;
+    }
+    rustix::net::bind(socket, &address).map_err(|errno| RestoreError::File {
+        path: String::from_utf8_lossy(path).into_owned(),
+        reason: format!("bind: {errno}"),
+    })?;
+    match file {
+        None => rustix::fs::unlink(path).map_err(fail("unlink")),
+        Some(file) => {
+            rustix::fs::chmod(path, Mode::from_raw_mode(file.mode & 0o7777)).map_err(fail("chmod"))?;
+            let (uid, gid) = (Uid::from_raw(file.uid), Gid::from_raw(file.gid));
+            rustix::fs::chownat(CWD, path, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).map_err(fail("chown"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+
+    use limosa_kernel::net::peek;
+
+    use super::*;
+
+    fn socket(inode: u64, kind: Kind, role: Role) -> UnixSocket {
+        UnixSocket {
+            inode,
+            kind,
+            name: None,
+            file: None,
+            role,
+            read_shut: false,
+            write_shut: false,
+            queue: Vec::new(),
+            options: Vec::new(),
+            peek_offset: -1,
+        }
+    }
+
+    fn message(data: &[u8], from: Option<Name>, rights: &[usize]) -> Message {
+        Message { data: data.to_vec().into(), from, rights: rights.to_vec() }
+    }
+
+    fn made(sockets: &[UnixSocket]) -> HashMap<usize, OwnedFd> {
+        let numbered: Vec<_> = sockets.iter().enumerate().collect();
+        let others: Vec<OwnedFd> =
+            sockets.iter().map(|_| std::fs::File::open("/dev/null").unwrap().into()).collect();
+        let root = std::fs::File::open("/").unwrap();
+        assemble(&numbered, &others, root.as_fd()).unwrap()
+    }
+
+    #[test]
+    fn pairs_come_back_with_what_is_queued() {
+        for kind in [Kind::Stream, Kind::Packets, Kind::Datagram] {
+            let mut sockets =
+                [socket(1, kind, Role::Connected { peer: 2 }), socket(2, kind, Role::Connected { peer: 1 })];
+            sockets[0].queue = vec![message(b"one", None, &[]), message(&[7; 90_000], None, &[1])];
+            sockets[1].queue = vec![message(b"back", None, &[0, 0])];
+            let made = made(&sockets);
+            for (index, socket) in sockets.iter().enumerate() {
+                let seen = peek::receive_queue(&made[&index]).unwrap();
+                let counts = |messages: Vec<(usize, usize)>| match kind {
+                    // Boundaries do not matter on a stream, where the kernel cuts at 32 KiB.
+                    Kind::Stream => vec![messages.iter().fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))],
+                    _ => messages,
+                };
+                let got = seen.iter().map(|message| (message.data.len(), message.descriptors.len()));
+                let wanted = socket.queue.iter().map(|message| (message.data.len(), message.rights.len()));
+                assert_eq!(counts(got.collect()), counts(wanted.collect()), "{kind:?}");
+                let got: Vec<u8> = seen.into_iter().flat_map(|message| message.data).collect();
+                let wanted: Vec<u8> = socket.queue.iter().flat_map(|message| message.data.to_vec()).collect();
+                assert!(got == wanted);
+            }
+        }
+    }
+
+    #[test]
+    fn the_last_words_of_a_closed_peer_come_back() {
+        let mut sockets = [socket(1, Kind::Stream, Role::Orphaned)];
+        sockets[0].queue = vec![message(b"last words", None, &[])];
+        let mut text = String::new();
+        UnixStream::from(made(&sockets).remove(&0).unwrap()).read_to_string(&mut text).unwrap();
+        assert_eq!(text, "last words");
+    }
+
+    #[test]
+    fn names_come_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("listener");
+        let name = Name::Path(path.to_str().unwrap().as_bytes().to_vec().into());
+        drop(UnixListener::bind(&path).unwrap());
+        let file = SocketFile {
+            path: path.to_str().unwrap().as_bytes().to_vec().into(),
+            mode: 0o640,
+            uid: 12,
+            gid: 34,
+        };
+        let abstract_name = Name::Abstract(format!("limosa-test-{}", std::process::id()).into_bytes().into());
+        let mut sockets = [
+            socket(1, Kind::Stream, Role::Connected { peer: 2 }),
+            socket(2, Kind::Stream, Role::Connected { peer: 1 }),
+            socket(3, Kind::Stream, Role::Listening { backlog: 5 }),
+            socket(4, Kind::Datagram, Role::Idle),
+            socket(5, Kind::Datagram, Role::Connected { peer: 4 }),
+        ];
+        sockets[1].name = Some(name.clone());
+        sockets[2].name = Some(name);
+        sockets[2].file = Some(file);
+        sockets[3].name = Some(abstract_name.clone());
+        sockets[3].queue = vec![message(b"datagram", None, &[]), message(b"", None, &[])];
+        let mut made = made(&sockets);
+        let client = UnixStream::from(made.remove(&0).unwrap());
+        assert_eq!(client.peer_addr().unwrap().as_pathname(), Some(path.as_path()));
+        let listener = UnixListener::from(made.remove(&2).unwrap());
+        let _another = UnixStream::connect(&path).unwrap();
+        listener.accept().unwrap();
+        let stat = rustix::fs::lstat(&path).unwrap();
+        assert_eq!((stat.st_mode & 0o7777, stat.st_uid, stat.st_gid), (0o640, 12, 34));
+        let datagrams = UnixDatagram::from(made.remove(&3).unwrap());
+        let sender = UnixDatagram::from(made.remove(&4).unwrap());
+        sender.send(b"more").unwrap();
+        let mut buffer = [0; 20];
+        for length in [8, 0, 4] {
+            assert_eq!(datagrams.recv(&mut buffer).unwrap(), length);
+        }
+        let again: Vec<_> = sockets.iter().enumerate().filter(|(_, socket)| socket.inode == 4).collect();
+        drop(datagrams);
+        assert_eq!(again[0].1.name, Some(abstract_name));
+    }
+}
