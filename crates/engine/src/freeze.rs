@@ -4,7 +4,7 @@
 //! appears. When the controller dies, the kernel detaches all of them and they run on.
 
 use std::collections::HashSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use limosa_kernel::proc::{ProcDir, Status, TaskState};
 use limosa_kernel::ptrace::{self, WaitStatus};
@@ -142,15 +142,8 @@ impl Frozen {
                 Err(error) if error.is_gone() => {}
                 Err(error) => return Err(error.into()),
             }
-            // The tracer hears of each thread's end before the parent does.
             if let Some(process) = self.processes.iter().find(|process| process.pid == *pid) {
-                for tid in process.threads.iter().rev() {
-                    while let Ok(status) = ptrace::wait(*tid) {
-                        if !matches!(status, WaitStatus::Stopped { .. }) {
-                            break;
-                        }
-                    }
-                }
+                await_end(&process.threads);
             }
         }
         self.seized.clear();
@@ -161,6 +154,19 @@ impl Frozen {
 impl Drop for Frozen {
     fn drop(&mut self) {
         self.detach_all();
+    }
+}
+
+/// Takes note of the end of each thread of a killed process: the tracer hears of it before the parent does. In any
+/// order, because the last thread of a PID namespace's first process waits for all others to be noted.
+fn await_end(threads: &[i32]) {
+    let mut left = threads.to_vec();
+    let started = Instant::now();
+    while !left.is_empty() && started.elapsed() < PATIENCE {
+        left.retain(|tid| matches!(ptrace::try_wait(*tid), Ok(None | Some(WaitStatus::Stopped { .. }))));
+        if !left.is_empty() {
+            std::thread::sleep(Duration::from_micros(50));
+        }
     }
 }
 
