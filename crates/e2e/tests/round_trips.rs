@@ -28,33 +28,29 @@ macro_rules! refusals {
 
 round_trips! {
     creds: "creds";
+    events: "events";
+    files: "files";
     heartbeat: "heartbeat";
     memory: "memory";
     memory_advice: "memory-advice";
+    memory_file: "memory-file";
     memory_shared: "memory-shared";
+    misc: "misc";
     registers: "registers";
+    seccomp: "seccomp";
     signals: "signals";
     sleeps: "sleeps";
+    sleep_of_epoll: "sleeps" "epoll_wait";
     threads: "threads";
+    timers: "timers";
+    tree: "tree";
 
-    #[ignore = "restore gives EINVAL for an open file (O_PATH beside O_LARGEFILE, most likely)"]
-    files: "files";
-    #[ignore = "the timer slack comes back as the default"]
-    misc: "misc";
     #[ignore = "a pipe in packet mode comes back with other packets"]
     pipes: "pipes";
-    #[ignore = "the last of the POSIX timers, which is not armed, does not come back"]
-    timers: "timers";
-    #[ignore = "the child subreaper is no longer one"]
-    tree: "tree";
 }
 
 refusals! {
-    events_are_refused: "events" [] "eventfd";
-    mapping_of_a_deleted_file_is_refused: "memory-file" [] "deleted";
-    epoll_is_refused: "sleeps" ["epoll_wait"] "eventpoll";
     inet_sockets_are_refused: "sockets-inet" [] "socket";
-    seccomp_is_refused: "seccomp" [] "seccomp";
     terminals_are_refused: "terminal" [] "ptmx";
     unix_sockets_are_refused: "sockets-unix" [] "socket";
 }

@@ -228,7 +228,8 @@ fn capture_body(
             state: ThreadState::capture(&thread, &thread_questions, &outcome)?,
         });
     }
-    let (state, late) = state.ok_or(CaptureError::Ended { pid: process.pid })?;
+    let (mut state, late) = state.ok_or(CaptureError::Ended { pid: process.pid })?;
+    state.address_space.capture_deleted(view, shared)?;
     Ok(Body {
         space: spaces.next(),
         mappings: MappingState::capture_all(view, shared)?,

@@ -149,7 +149,7 @@ fn check(tree: &Tree) -> Result<(), RestoreError> {
     for (process, body) in tree.living() {
         mapping::check(&body.mappings)?;
         for mapping in &body.mappings {
-            if let Backing::SharedMemory(object, _) = mapping.backing
+            if let Backing::SharedMemory(object, _) | Backing::PrivateView(object, _) = mapping.backing
                 && object >= tree.shared_objects.len()
             {
                 return Err(RestoreError::inconsistent(format!("there is no shared object {object}")));

@@ -5,7 +5,8 @@ use limosa_puppet::{CallId, Data, Outcome, Program};
 use serde::{Deserialize, Serialize};
 
 use super::ProcessAttribute;
-use crate::error::{CaptureError, Refusal};
+use super::shared_memory::SharedObjects;
+use crate::error::CaptureError;
 use crate::view::ProcessView;
 
 /// Sizes that the kernel allows the auxiliary vector (`AT_VECTOR_SIZE`), in words.
@@ -21,6 +22,8 @@ pub struct AddressSpace {
     pub auxv: Vec<(u64, u64)>,
     /// Path of the executable.
     pub executable: serde_bytes::ByteBuf,
+    /// Index of the shared object, if the executable has been deleted or replaced.
+    pub deleted_executable: Option<usize>,
 }
 
 /// Where the break will be.
@@ -40,10 +43,6 @@ impl ProcessAttribute for AddressSpace {
         let stat = &process.stat;
         let brk = outcome.result(asked.brk).map_err(question)?;
         let executable = process.proc.exe()?;
-        if executable.ends_with(b" (deleted)") {
-            let reason = "its executable has been deleted or replaced";
-            return Err(Refusal::process(process.pid, reason, "restart the program from the new file").into());
-        }
         Ok(Self {
             bounds: [
                 stat.start_code,
@@ -60,42 +59,86 @@ impl ProcessAttribute for AddressSpace {
             ],
             auxv: process.proc.auxv()?,
             executable: executable.into(),
+            deleted_executable: None,
         })
     }
 
     fn rebuild(&self, program: &mut Program) {
+        if self.deleted_executable.is_some() {
+            // Set already, when its descriptor was there.
+            self.lay_out(Executable::Unchanged, program);
+            return;
+        }
         let path = program.string(&self.executable);
         let executable = program.call(
             "open the executable",
             libc::SYS_openat,
             [libc::AT_FDCWD.into(), path.into(), (libc::O_RDONLY | libc::O_CLOEXEC).into()],
         );
-        let mut vector: Vec<u64> =
-            self.auxv.iter().take(AUXV_WORDS_MAX / 2 - 1).flat_map(|(kind, value)| [*kind, *value]).collect();
-        vector.extend([0, 0]);
-        let auxv = program.words(&vector);
-        let map = self.map(program, auxv, vector.len() * 8);
-        // The descriptor's number goes into the upper half of the last word.
-        program.store(executable, map, EXECUTABLE_OFFSET);
-        program.call(
-            "set the layout of the address space",
-            libc::SYS_prctl,
-            [libc::PR_SET_MM.into(), PR_SET_MM_MAP.into(), map.into(), MAP_SIZE.into(), 0.into()],
-        );
+        self.lay_out(Executable::Opened(executable), program);
         program.call("close the executable", libc::SYS_close, [executable.into()]);
     }
 }
 
+/// What is to become of the executable.
+#[derive(Clone, Copy)]
+enum Executable {
+    /// It stays.
+    Unchanged,
+    /// This descriptor of the puppet is it.
+    Descriptor(i32),
+    /// What this call opens is it.
+    Opened(CallId),
+}
 const PR_SET_MM_MAP: i32 = 14;
 const MAP_SIZE: usize = 104;
 const EXECUTABLE_OFFSET: usize = 100;
 
 impl AddressSpace {
+    /// Captures an executable that no path leads to any more.
+    pub fn capture_deleted(
+        &mut self,
+        process: &ProcessView,
+        shared: &mut SharedObjects,
+    ) -> Result<(), CaptureError> {
+        if let Some(path) = self.executable.strip_suffix(b" (deleted)") {
+            let file = process.proc.open_file("exe", rustix::fs::OFlags::RDONLY)?;
+            self.deleted_executable = Some(shared.of_descriptor(process.pid, file, path)?);
+        }
+        Ok(())
+    }
+
+    /// Adds the call that makes descriptor `number` the executable.
+    pub fn set_executable(&self, number: i32, program: &mut Program) {
+        self.lay_out(Executable::Descriptor(number), program);
+    }
+
+    /// Adds the call that sets the layout and the executable, a descriptor.
+    fn lay_out(&self, executable: Executable, program: &mut Program) {
+        let mut vector: Vec<u64> =
+            self.auxv.iter().take(AUXV_WORDS_MAX / 2 - 1).flat_map(|(kind, value)| [*kind, *value]).collect();
+        vector.extend([0, 0]);
+        let auxv = program.words(&vector);
+        let descriptor = match executable {
+            Executable::Descriptor(number) => number as u32,
+            Executable::Unchanged | Executable::Opened(_) => u32::MAX,
+        };
+        let map = self.map(program, auxv, vector.len() * 8, descriptor);
+        if let Executable::Opened(call) = executable {
+            program.store(call, map, EXECUTABLE_OFFSET);
+        }
+        program.call(
+            "set the layout of the address space",
+            libc::SYS_prctl,
+            [libc::PR_SET_MM.into(), PR_SET_MM_MAP.into(), map.into(), MAP_SIZE.into(), 0.into()],
+        );
+    }
+
     /// `struct prctl_mm_map` (include/uapi/linux/prctl.h): 11 bounds, the vector's address, then its size and the
     /// executable's descriptor as 32-bit numbers; one spare word, because the descriptor is stored as a word.
-    fn map(&self, program: &mut Program, auxv: Data, auxv_size: usize) -> Data {
+    fn map(&self, program: &mut Program, auxv: Data, auxv_size: usize, executable: u32) -> Data {
         let mut words = self.bounds.to_vec();
-        words.extend([0, auxv_size as u64, 0]);
+        words.extend([0, auxv_size as u64 | u64::from(executable) << 32, 0]);
         let map = program.words(&words);
         program.point(map, 88, auxv);
         map

@@ -3,7 +3,6 @@
 //! A file is opened again by its path, below the tree's root, with its flags and offset. A file that was deleted
 //! while open travels with the checkpoint and comes back deleted.
 
-use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::fs::{FileType, Mode, OFlags};
@@ -26,23 +25,10 @@ pub struct File {
     pub position: i64,
     /// Type and permissions, as in `st_mode`.
     pub mode: u32,
-    /// The content, if the file has been deleted: a blob's name.
-    pub deleted: Option<Deleted>,
+    /// Index of the shared object, if the file has been deleted.
+    pub deleted: Option<usize>,
     /// The key of a file outside the tree's root; restore is told where it is.
     pub external: Option<String>,
-}
-
-/// A file without a name.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Deleted {
-    /// Tells deleted files of one checkpoint apart.
-    pub id: u64,
-    /// The blob with the content.
-    pub blob: String,
-    /// Owner.
-    pub uid: u32,
-    /// Group.
-    pub gid: u32,
 }
 
 impl DescriptorKind for File {
@@ -68,7 +54,7 @@ impl DescriptorKind for File {
         }
         let deleted = view.stat.st_nlink == 0;
         let path = if deleted { view.link.strip_suffix(DELETED).unwrap_or(&view.link) } else { &view.link };
-        let deleted = if deleted { Some(capture_deleted(view, context)?) } else { None };
+        let deleted = if deleted { Some(capture_deleted(view, path, context)?) } else { None };
         Ok(Self { path: path.to_vec().into(), position: view.info.pos, mode: view.stat.st_mode, deleted, external })
     }
 
@@ -76,7 +62,7 @@ impl DescriptorKind for File {
         let flags = reopening_flags(flags);
         let file = match (&self.external, &self.deleted) {
             (Some(key), _) => open_external(key, flags, context)?,
-            (None, Some(deleted)) => deleted.rebuild(&self.path, self.mode, flags, context)?,
+            (None, Some(object)) => open_deleted(*object, flags, context)?,
             (None, None) => context.open(&self.path, flags, Mode::empty())?,
         };
         let name = String::from_utf8_lossy(&self.path).into_owned();
@@ -115,65 +101,27 @@ fn open_external(key: &str, flags: OFlags, context: &RebuildContext) -> Result<O
         .map_err(|errno| file(format!("{}: {}", path.display(), std::io::Error::from(errno))))
 }
 
-fn capture_deleted(view: &DescriptionView, context: &mut CaptureContext) -> Result<Deleted, CaptureError> {
+fn capture_deleted(
+    view: &DescriptionView,
+    path: &[u8],
+    context: &mut CaptureContext,
+) -> Result<usize, CaptureError> {
     if FileType::from_raw_mode(view.stat.st_mode) != FileType::RegularFile {
         return Err(view.refuse("it is a deleted directory or device", "close it before the checkpoint").into());
     }
-    let id = view.stat.st_ino ^ view.stat.st_dev << 32;
-    let blob = format!("deleted.{id}");
-    if context.first("deleted", id) {
-        let path = format!("/proc/self/fd/{}", view.descriptor.as_raw_fd());
-        let mut content = std::fs::File::open(path).map_err(|source| CaptureError::Io {
-            what: "reading a deleted file",
-            pid: view.process.pid,
-            source,
-        })?;
-        context.blob("deleted", id, &mut content)?;
-    }
-    Ok(Deleted { id, blob, uid: view.stat.st_uid, gid: view.stat.st_gid })
+    // A description of our own: reading through the process's would move its offset.
+    let itself = format!("/proc/self/fd/{}", view.descriptor.as_raw_fd());
+    let file = rustix::fs::open(itself, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(view.error("opening a deleted file"))?;
+    context.shared_objects.of_descriptor(view.process.pid, file, path)
 }
 
-impl Deleted {
-    /// Makes the file again without a name, once, and opens it with `flags`.
-    fn rebuild(
-        &self,
-        path: &[u8],
-        mode: u32,
-        flags: OFlags,
-        context: &mut RebuildContext,
-    ) -> Result<OwnedFd, RestoreError> {
-        let name = String::from_utf8_lossy(path).into_owned();
-        let directory = path.iter().rposition(|byte| *byte == b'/').map_or(&b"/"[..], |at| &path[..at.max(1)]);
-        let original = context.shared("deleted", self.id, |context| {
-            let permissions = Mode::from_raw_mode(mode & 0o7777);
-            let file = context.open(directory, OFlags::TMPFILE | OFlags::RDWR, permissions)?;
-            let mut blob = context.checkpoint.blob(&self.blob)?;
-            let mut buffer = vec![0; 256 * 1024];
-            let mut offset = 0;
-            loop {
-                let got = blob.read(&mut buffer).map_err(|source| RestoreError::Rebuild {
-                    object: name.clone(),
-                    step: "reading its content",
-                    source,
-                })?;
-                if got == 0 {
-                    break;
-                }
-                let mut rest = &buffer[..got];
-                while !rest.is_empty() {
-                    let written = rustix::io::pwrite(&file, rest, offset)
-                        .map_err(RestoreError::rebuild(name.as_str(), "pwrite"))?;
-                    rest = &rest[written..];
-                    offset += written as u64;
-                }
-            }
-            let (uid, gid) = (rustix::fs::Uid::from_raw(self.uid), rustix::fs::Gid::from_raw(self.gid));
-            rustix::fs::fchown(&file, Some(uid), Some(gid))
-                .map_err(RestoreError::rebuild(name.as_str(), "fchown"))?;
-            rustix::fs::fchmod(&file, permissions).map_err(RestoreError::rebuild(name.as_str(), "fchmod"))?;
-            Ok(file)
-        })?;
-        let again = format!("/proc/self/fd/{}", original.as_raw_fd());
-        rustix::fs::open(again, flags | OFlags::CLOEXEC, Mode::empty()).map_err(RestoreError::rebuild(name, "open"))
-    }
+fn open_deleted(object: usize, flags: OFlags, context: &RebuildContext) -> Result<OwnedFd, RestoreError> {
+    let file = context
+        .shared_objects
+        .get(object)
+        .ok_or_else(|| RestoreError::inconsistent(format!("there is no shared object {object}")))?;
+    let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
+    rustix::fs::open(itself, flags | OFlags::CLOEXEC, Mode::empty())
+        .map_err(RestoreError::rebuild("a deleted file", "open"))
 }

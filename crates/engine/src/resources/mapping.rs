@@ -66,6 +66,8 @@ pub enum Backing {
     Anonymous,
     /// Memory shared between processes: index into the tree's shared objects, and offset in bytes.
     SharedMemory(usize, u64),
+    /// A private view of memory that is shared otherwise, or of a deleted file: the same numbers.
+    PrivateView(usize, u64),
     /// A file.
     File(MappedFile),
     /// The kernel's vDSO with its data pages; the number is a digest of its code.
@@ -96,7 +98,7 @@ impl MappingState {
     /// Whether its pages are the process's own, so that their content is stored with the process.
     pub fn is_private(&self) -> bool {
         match &self.backing {
-            Backing::Anonymous => true,
+            Backing::Anonymous | Backing::PrivateView(..) => true,
             Backing::File(file) => !file.shared,
             Backing::SharedMemory(..) | Backing::Vdso(_) => false,
         }
@@ -139,14 +141,18 @@ impl MappingState {
             return Err(refuse(reason, remedy));
         }
         let backing = match &mapping.name {
-            MappingName::Path { path, .. } if is_shared_memory(path) => {
-                Backing::SharedMemory(shared.of_mapping(process, mapping, path)?, mapping.offset)
+            // A private mapping of /dev/zero is anonymous; a shared one is of a nameless file of that name.
+            MappingName::Path { path, deleted: false } if path == b"/dev/zero" => Backing::Anonymous,
+            MappingName::Path { path, deleted } if *deleted || is_shared_memory(path) => {
+                let object = shared.of_mapping(process, mapping, path)?;
+                if flags.contains(VmFlags::MAY_SHARE) {
+                    Backing::SharedMemory(object, mapping.offset)
+                } else {
+                    Backing::PrivateView(object, mapping.offset)
+                }
             }
             MappingName::AnonShmemName(_) => {
                 Backing::SharedMemory(shared.of_mapping(process, mapping, b"/dev/zero")?, mapping.offset)
-            }
-            MappingName::Path { deleted: true, .. } => {
-                return Err(refuse("the file has been deleted", "restart the program from the new file"));
             }
             MappingName::Path { path, .. } => Backing::File(mapped_file(process, mapping, path, flags)?),
             MappingName::Special(_) => {
@@ -188,6 +194,7 @@ impl MappingState {
         let (kind, offset) = match &self.backing {
             Backing::Anonymous => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, 0),
             Backing::SharedMemory(_, offset) => (libc::MAP_SHARED, *offset),
+            Backing::PrivateView(_, offset) => (libc::MAP_PRIVATE, *offset),
             Backing::File(file) => {
                 (if file.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE }, file.offset)
             }

@@ -1,6 +1,7 @@
-//! Memory objects that processes share: anonymous shared memory and memfds (memfd_create(2)).
+//! Memory objects that processes share: anonymous shared memory, memfds (memfd_create(2)), and files that have been
+//! deleted while they were open or mapped.
 //!
-//! An object is one inode of the kernel's internal tmpfs. Its pages are stored once, by offset, whoever maps it or
+//! An object is one inode that no path leads to. Its pages are stored once, by offset, whoever maps it or
 //! holds a descriptor of it. It is rebuilt in Limosa and given to the puppets as a descriptor to map.
 
 use std::collections::HashMap;
@@ -8,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use limosa_image::{Checkpoint, Sink, SpaceId};
 use limosa_kernel::proc::Mapping;
-use rustix::fs::{MemfdFlags, OFlags, SealFlags, SeekFrom};
+use rustix::fs::{MemfdFlags, Mode, OFlags, ResolveFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -45,11 +46,22 @@ pub enum SharedKind {
         /// `F_SEAL_*`
         seals: u32,
     },
+    /// A file that has been deleted.
+    Deleted {
+        /// Its last path, whose directory tells the filesystem.
+        path: serde_bytes::ByteBuf,
+        /// Type and permissions, as in `st_mode`.
+        mode: u32,
+        /// Owner.
+        uid: u32,
+        /// Group.
+        gid: u32,
+    },
 }
 
 /// Whether a mapping's path is that of a memory object rather than of a file.
 pub fn is_shared_memory(path: &[u8]) -> bool {
-    path == b"/dev/zero" || path.starts_with(b"/memfd:") || path.starts_with(b"/SYSV")
+    path.starts_with(b"/memfd:") || path.starts_with(b"/SYSV")
 }
 
 /// The objects of a tree while it is captured.
@@ -85,7 +97,13 @@ impl SharedObjects {
             return Ok(*index);
         }
         let kind = match path.strip_prefix(b"/memfd:") {
-            None => SharedKind::Anonymous,
+            None if path == b"/dev/zero" => SharedKind::Anonymous,
+            None => SharedKind::Deleted {
+                path: path.to_vec().into(),
+                mode: stat.st_mode,
+                uid: stat.st_uid,
+                gid: stat.st_gid,
+            },
             Some(name) => SharedKind::Memfd {
                 name: name.to_vec().into(),
                 seals: rustix::fs::fcntl_get_seals(&file).map_or(0, |seals| seals.bits()),
@@ -149,8 +167,8 @@ fn store_content(
 }
 
 impl SharedObject {
-    /// Makes the object again, with its content.
-    pub fn rebuild(&self, checkpoint: &Checkpoint) -> Result<OwnedFd, RestoreError> {
+    /// Makes the object again, with its content; a deleted file below `root`.
+    pub fn rebuild(&self, checkpoint: &Checkpoint, root: BorrowedFd) -> Result<OwnedFd, RestoreError> {
         if self.size > SIZE_MAX {
             return Err(RestoreError::inconsistent(format!("a shared-memory object of {} bytes", self.size)));
         }
@@ -161,6 +179,15 @@ impl SharedObject {
                 let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
                 let file = rustix::fs::memfd_create(name.as_slice(), flags).map_err(fail("memfd_create"))?;
                 rustix::fs::ftruncate(&file, self.size).map_err(fail("ftruncate"))?;
+                file
+            }
+            SharedKind::Deleted { path, mode, uid, gid } => {
+                let file = nameless(path, root)?;
+                rustix::fs::ftruncate(&file, self.size).map_err(fail("ftruncate"))?;
+                let owner = (rustix::fs::Uid::from_raw(*uid), rustix::fs::Gid::from_raw(*gid));
+                rustix::fs::fchown(&file, Some(owner.0), Some(owner.1)).map_err(fail("fchown"))?;
+                let permissions = Mode::from_raw_mode(mode & 0o7777);
+                rustix::fs::fchmod(&file, permissions).map_err(fail("fchmod"))?;
                 file
             }
         };
@@ -185,6 +212,16 @@ impl SharedObject {
         }
         Ok(file)
     }
+}
+
+/// A new file without a name, where the deleted one was; in memory, if its directory is gone too or takes none.
+fn nameless(path: &[u8], root: BorrowedFd) -> Result<OwnedFd, RestoreError> {
+    let end = path.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
+    let (directory, name) = (&path[..end.max(1)], &path[(end + 1).min(path.len())..]);
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    rustix::fs::openat2(root, directory, flags, Mode::RUSR | Mode::WUSR, ResolveFlags::IN_ROOT)
+        .or_else(|_| rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC))
+        .map_err(RestoreError::rebuild(String::from_utf8_lossy(path), "open(O_TMPFILE)"))
 }
 
 fn write_all(file: &OwnedFd, mut bytes: &[u8], mut offset: u64) -> Result<(), RestoreError> {

@@ -114,12 +114,24 @@ fn make_mappings(
         };
         numbers.push(number);
     }
+    let executable =
+        body.state.address_space.deleted_executable.and_then(|object| objects.shared.get(object));
+    if let Some(executable) = executable {
+        sent.push(executable.try_clone().map_err(|source| RestoreError::Rebuild {
+            object: format!("the executable of process {}", process.pid),
+            step: "dup",
+            source,
+        })?);
+    }
     descriptors::receive(&mut program, nursery.socket_number, sent.len());
     let extents = checkpoint.extents(body.space);
     for (mapping, number) in body.mappings.iter().zip(numbers) {
         check_vdso(&mapping.backing)?;
         let writable = mapping.is_private() && memory::has_pages(extents, mapping);
         mapping.map(&mut program, number, writable);
+    }
+    if executable.is_some() {
+        body.state.address_space.set_executable(sent.len() as i32 - 1, &mut program);
     }
     if !sent.is_empty() {
         let arguments = [0.into(), (nursery.socket_number - 1).into(), 0.into()];
@@ -134,7 +146,10 @@ fn make_mappings(
 
 fn same_object(a: &Backing, b: &Backing) -> bool {
     match (a, b) {
-        (Backing::SharedMemory(a, _), Backing::SharedMemory(b, _)) => a == b,
+        (
+            Backing::SharedMemory(a, _) | Backing::PrivateView(a, _),
+            Backing::SharedMemory(b, _) | Backing::PrivateView(b, _),
+        ) => a == b,
         (Backing::File(a), Backing::File(b)) => a.path == b.path && a.writable == b.writable,
         _ => false,
     }

@@ -1,7 +1,7 @@
 //! Descriptions are rebuilt once, in Limosa, and then given to every process that holds a descriptor of them.
 
 use std::collections::{HashMap, HashSet};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use std::path::PathBuf;
 
@@ -45,8 +45,7 @@ pub(crate) fn rebuild_all(
     externals: &HashMap<String, PathBuf>,
     pids: &HashMap<i32, i32>,
 ) -> Result<Objects, RestoreError> {
-    let shared: Vec<OwnedFd> =
-        tree.shared_objects.iter().map(|object| object.rebuild(checkpoint)).collect::<Result<_, _>>()?;
+    let shared = rebuild_shared(tree, checkpoint, root.as_fd())?;
     let own_root = root.try_clone().map_err(|source| RestoreError::Rebuild {
         object: "the root directory".into(),
         step: "dup",
@@ -100,6 +99,28 @@ fn rebuild_unix_sockets(
     Ok(())
 }
 
+/// Rebuilds all shared objects. An executable must not be open for writing.
+fn rebuild_shared(
+    tree: &Tree,
+    checkpoint: &Checkpoint,
+    root: BorrowedFd,
+) -> Result<Vec<OwnedFd>, RestoreError> {
+    let executables: HashSet<usize> =
+        tree.living().filter_map(|(_, body)| body.state.address_space.deleted_executable).collect();
+    let mut shared = Vec::with_capacity(tree.shared_objects.len());
+    for (index, object) in tree.shared_objects.iter().enumerate() {
+        let writable = object.rebuild(checkpoint, root)?;
+        shared.push(if executables.contains(&index) {
+            let itself = format!("/proc/self/fd/{}", writable.as_raw_fd());
+            rustix::fs::open(itself, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+                .map_err(RestoreError::rebuild("a deleted executable", "open"))?
+        } else {
+            writable
+        });
+    }
+    Ok(shared)
+}
+
 /// Status flags that fcntl(F_SETFL) can set, whatever the kind.
 fn set_status(descriptor: &OwnedFd, flags: u32, kind: &str) -> Result<(), RestoreError> {
     let settable = OFlags::APPEND | OFlags::ASYNC | OFlags::DIRECT | OFlags::NOATIME | OFlags::NONBLOCK;
@@ -120,7 +141,9 @@ impl Objects {
     pub(crate) fn for_mapping(&mut self, backing: &Backing) -> Result<Option<BorrowedFd<'_>>, RestoreError> {
         match backing {
             Backing::Anonymous | Backing::Vdso(_) => Ok(None),
-            Backing::SharedMemory(object, _) => Ok(self.shared.get(*object).map(AsFd::as_fd)),
+            Backing::SharedMemory(object, _) | Backing::PrivateView(object, _) => {
+                Ok(self.shared.get(*object).map(AsFd::as_fd))
+            }
             Backing::File(file) => {
                 let key = (file.path.to_vec(), file.writable);
                 if !self.files.contains_key(&key) {
