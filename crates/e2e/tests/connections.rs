@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use limosa_e2e::limosa::{self, Source};
 use limosa_e2e::programs::{Program, Redis};
-use limosa_e2e::sandbox::{Sandbox, sandboxed};
+use limosa_e2e::sandbox::{Sandbox, sandboxed, wait_until_alone};
 
 /// The clients of a redis notice nothing: left running by one checkpoint, ended by another and restored.
 fn redis_with_clients(sandbox: &Sandbox) -> Result<()> {
@@ -15,6 +15,7 @@ fn redis_with_clients(sandbox: &Sandbox) -> Result<()> {
     for round in 0..3 {
         let out = sandbox.path(&format!("round-{round}"));
         limosa::checkpoint(sandbox, redis.root(), &out, Source::Ends, &[])?.success("checkpoint")?;
+        wait_until_alone()?;
         limosa::restore(sandbox, &out, &[])?;
         println!("restored: {}", redis.verify().with_context(|| format!("restored, round {round}"))?);
     }
@@ -22,6 +23,7 @@ fn redis_with_clients(sandbox: &Sandbox) -> Result<()> {
 }
 
 #[test]
+#[expect(clippy::redundant_closure, reason = "the sandbox finds the test by the name of its closure")]
 fn clients_of_redis_notice_nothing() {
-    sandboxed(redis_with_clients);
+    sandboxed(|sandbox| redis_with_clients(sandbox));
 }
