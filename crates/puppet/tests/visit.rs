@@ -3,6 +3,7 @@
 //! as when the controller dies), and all this with both ways of reporting.
 #![allow(unsafe_code, missing_docs)]
 
+#[allow(dead_code)] // Each test program uses its part of it.
 mod visited;
 
 use std::sync::atomic::Ordering;

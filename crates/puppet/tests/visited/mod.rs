@@ -1,5 +1,6 @@
 //! A real target process for the tests of visits: a forked child that shares one page with the test.
 
+pub mod crew;
 pub mod situations;
 
 use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
