@@ -44,6 +44,7 @@ round_trips! {
     threads: "threads";
     timers: "timers";
     tree: "tree";
+    watchers: "watchers";
 
     #[ignore = "a pipe in packet mode comes back with other packets"]
     pipes: "pipes";

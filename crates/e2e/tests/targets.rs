@@ -41,4 +41,5 @@ targets! {
     threads: "threads";
     timers: "timers";
     tree: "tree";
+    watchers: "watchers";
 }

@@ -284,14 +284,13 @@ fn capture_descriptors(
             let here =
                 same.is_some_and(|same| body.descriptors.iter().any(|known| known.description == same));
             body.locks.extend(file_locks::capture(view, number, &info, here, same.is_some())?);
-            let description = match same {
-                Some(index) => index,
-                None => {
-                    alike.push(found.len());
-                    let link = view.proc.fd_link(number)?;
-                    found.push(DescriptionView { process: view, number, link, info, descriptor, stat });
-                    found.len() - 1
-                }
+            let description = if let Some(index) = same {
+                index
+            } else {
+                alike.push(found.len());
+                let link = view.proc.fd_link(number)?;
+                found.push(DescriptionView { process: view, number, link, info, descriptor, stat });
+                found.len() - 1
             };
             by_number.insert((view.own_pid, number), description);
             body.descriptors.push(Descriptor { number, description, close_on_exec });

@@ -81,8 +81,8 @@ impl DescriptorKind for Inotify {
             watch.add(&descriptor, &file)?;
         }
         // What was removed on the way has left events.
-        let mut events = [0; 64 * 1024];
-        while rustix::io::read(&descriptor, &mut events).is_ok_and(|read| read > 0) {}
+        let mut events = vec![0; 64 * 1024];
+        while rustix::io::read(&descriptor, &mut events[..]).is_ok_and(|read| read > 0) {}
         Ok(descriptor)
     }
 }

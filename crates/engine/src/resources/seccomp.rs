@@ -54,7 +54,7 @@ impl ThreadAttribute for Seccomp {
         let mut filters = Vec::new();
         if mode == 2 {
             while let Some(program) = ptrace::seccomp_filter(thread.tid, filters.len())? {
-                if program.iter().any(notifies) {
+                if program.iter().copied().any(notifies) {
                     let reason = "a supervisor listens to its seccomp filter (SECCOMP_RET_USER_NOTIF)";
                     let pid = thread.process.pid;
                     return Err(Refusal::process(pid, reason, "run it without that supervisor").into());
@@ -73,8 +73,8 @@ impl ThreadAttribute for Seccomp {
     }
 }
 
-fn notifies(instruction: &FilterInstruction) -> bool {
-    let [a, b, _, _, value @ ..] = *instruction;
+fn notifies(instruction: FilterInstruction) -> bool {
+    let [a, b, _, _, value @ ..] = instruction;
     u16::from_le_bytes([a, b]) == RETURN_CONSTANT && u32::from_le_bytes(value) & ACTION == USER_NOTIFICATION
 }
 
@@ -115,8 +115,8 @@ mod tests {
 
     #[test]
     fn filters_with_a_supervisor_are_known() {
-        assert!(notifies(&[6, 0, 0, 0, 0, 0, 0xc0, 0x7f]));
-        assert!(!notifies(&[6, 0, 0, 0, 0, 0, 0xff, 0x7f]));
-        assert!(!notifies(&[0x15, 0, 0, 0, 0, 0, 0xc0, 0x7f]));
+        assert!(notifies([6, 0, 0, 0, 0, 0, 0xc0, 0x7f]));
+        assert!(!notifies([6, 0, 0, 0, 0, 0, 0xff, 0x7f]));
+        assert!(!notifies([0x15, 0, 0, 0, 0, 0, 0xc0, 0x7f]));
     }
 }

@@ -42,7 +42,7 @@ pub(crate) fn start_all(tree: &Tree, nursery: &mut Nursery) -> Result<(), Restor
 }
 
 /// Seizes and stops all threads of a puppet process. They die with us until they are let go.
-fn stop_threads<'a>(pid: i32, threads: &'a [Thread]) -> Result<Vec<Actor<'a>>, RestoreError> {
+fn stop_threads(pid: i32, threads: &[Thread]) -> Result<Vec<Actor<'_>>, RestoreError> {
     let proc = ProcDir::open(pid)?;
     let mut actors = Vec::with_capacity(threads.len());
     for tid in proc.tasks()? {

@@ -20,6 +20,7 @@ mod terminal;
 mod threads;
 mod timers;
 mod tree;
+mod watchers;
 
 use anyhow::Result;
 
@@ -60,6 +61,7 @@ const KINDS: &[(&str, SetUp)] = &[
     ("threads", threads::set_up),
     ("timers", timers::set_up),
     ("tree", tree::set_up),
+    ("watchers", watchers::set_up),
 ];
 
 /// The kind called `name`.
