@@ -77,6 +77,13 @@ macro_rules! walker {
 global_asm!(
     ".pushsection .rodata.limosa_resident, \"a\"",
     ".balign 16",
+    // Global, because other object files refer to them; hidden, because no other program does.
+    ".hidden limosa_resident_start",
+    ".globl limosa_resident_start",
+    ".hidden limosa_resident_wait",
+    ".globl limosa_resident_wait",
+    ".hidden limosa_resident_end_of_code",
+    ".globl limosa_resident_end_of_code",
     "limosa_resident_start:",
     walker!("limosa_resident"),
     "limosa_resident_finish:",
@@ -131,6 +138,21 @@ macro_rules! report {
 global_asm!(
     ".pushsection .rodata.limosa_visitor, \"a\"",
     ".balign 16",
+    // Global, because other object files refer to them; hidden, because no other program does.
+    ".hidden limosa_visitor_start",
+    ".globl limosa_visitor_start",
+    ".hidden limosa_visitor_next",
+    ".globl limosa_visitor_next",
+    ".hidden limosa_visitor_mapped",
+    ".globl limosa_visitor_mapped",
+    ".hidden limosa_visitor_finished",
+    ".globl limosa_visitor_finished",
+    ".hidden limosa_visitor_unmapped",
+    ".globl limosa_visitor_unmapped",
+    ".hidden limosa_visitor_data",
+    ".globl limosa_visitor_data",
+    ".hidden limosa_visitor_end_of_code",
+    ".globl limosa_visitor_end_of_code",
     "limosa_visitor_start:",
     "mov eax, 39", // getpid
     "syscall",
