@@ -15,6 +15,8 @@ pub struct Context {
     pub json: bool,
     /// Where containers are kept.
     pub state_dir: PathBuf,
+    /// Whether reports for a person say all they could.
+    pub verbose: bool,
 }
 
 impl Context {

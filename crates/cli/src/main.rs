@@ -3,6 +3,8 @@
 mod commands;
 mod context;
 mod progress;
+mod text;
+mod trace;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -42,7 +44,7 @@ Examples:
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let context = Context { json: cli.json, state_dir: cli.state_dir };
+    let context = Context { json: cli.json, state_dir: cli.state_dir, verbose: cli.verbose > 0 };
     context::start_logging(cli.verbose);
     match cli.command.execute(&context) {
         Ok(code) => code,

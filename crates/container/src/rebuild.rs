@@ -47,6 +47,11 @@ pub fn holds_container(checkpoint: &Checkpoint) -> bool {
     checkpoint.section(SECTION).is_some()
 }
 
+/// What the checkpoint says of its container; none if it is one of a process tree.
+pub fn container_state(checkpoint: &Checkpoint) -> Result<Option<ContainerState>, ReadError> {
+    if holds_container(checkpoint) { checkpoint.state(SECTION).map(Some) } else { Ok(None) }
+}
+
 /// Checks that the read-only layer here is the one that the container had.
 pub fn check_root(state: &ContainerState) -> Result<(), RebuildError> {
     let Some(wanted) = &state.config.rootfs_identity else { return Ok(()) };

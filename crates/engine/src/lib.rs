@@ -13,9 +13,10 @@ mod report;
 pub mod resources;
 pub mod restore;
 pub mod state;
+pub mod summary;
 mod view;
 
 pub use error::{CaptureError, Refusal, RestoreError, Subject};
 pub use freeze::Frozen;
-pub use report::{Phase, Report};
+pub use report::{Phase, Report, Times, TraceEvent};
 pub use view::{DescriptionView, ProcessView, ThreadView};

@@ -7,11 +7,13 @@ use std::str::FromStr;
 use clap::Args;
 use limosa_container::{CapturedContainer, Name, Source};
 use limosa_engine::checkpoint::Captured;
-use limosa_engine::{Report, checkpoint};
+use limosa_engine::{Report, Times, checkpoint};
 use limosa_image::{CheckpointWriter, Committed, Meta};
 use serde::Serialize;
 
 use crate::context::{Context, Outcome};
+use crate::text;
+use crate::trace::Trace;
 
 /// What to checkpoint.
 #[derive(Clone, Debug)]
@@ -52,6 +54,9 @@ pub struct Checkpoint {
     /// Let the source go on instead of ending it.
     #[arg(long)]
     leave_running: bool,
+
+    #[command(flatten)]
+    trace: Trace,
 }
 
 /// The report of a checkpoint.
@@ -60,10 +65,8 @@ struct Done {
     checkpoint: PathBuf,
     id: String,
     bytes: u64,
-    /// Microseconds during which the tree did not run, until it was released or ended.
-    freeze_us: u64,
-    /// Microseconds from the start until the checkpoint was complete on disk.
-    durable_us: u64,
+    #[serde(flatten)]
+    times: Times,
     #[serde(flatten)]
     report: Report,
 }
@@ -71,28 +74,36 @@ struct Done {
 impl Checkpoint {
     /// Makes the checkpoint.
     pub fn execute(self, context: &Context) -> Outcome {
+        self.trace.prepare()?;
         let mut report = Report::default();
         let writer = CheckpointWriter::create(&self.out)?;
-        let (committed, freeze_us) = match &self.target {
+        let (committed, ran_on_us) = match &self.target {
             Target::Pid(pid) => self.process_tree(*pid, writer, &mut report)?,
             Target::Name(name) => self.container(context, name, writer, &mut report)?,
+        };
+        self.trace.write(&report);
+        let frozen_at = report.start_us("freeze");
+        let times = Times {
+            freeze_us: frozen_at.map(|at| ran_on_us.saturating_sub(at)),
+            durable_us: report.end_us("commit"),
+            first_instruction_us: self.leave_running.then_some(ran_on_us),
+            last_page_us: report.last_page_us(),
+            whole_us: report.elapsed_us(),
         };
         let done = Done {
             checkpoint: committed.path.clone(),
             id: committed.id.to_string(),
             bytes: committed.bytes,
-            freeze_us,
-            durable_us: report.elapsed_us(),
+            times,
             report,
         };
         let text = format!(
-            "{}: {} processes, {} threads, {:.1} MiB; frozen {:.1} ms, durable after {:.1} ms\n",
+            "{}: {} processes, {} threads, {}\n{}",
             done.checkpoint.display(),
             done.report.processes,
             done.report.threads,
-            done.bytes as f64 / 1_048_576.0,
-            done.freeze_us as f64 / 1000.0,
-            done.durable_us as f64 / 1000.0,
+            text::size(done.bytes),
+            text::times(&done.times, &done.report, context.verbose),
         );
         context.report(&done, text)?;
         Ok(ExitCode::SUCCESS)
@@ -136,8 +147,8 @@ impl Checkpoint {
         let meta = Meta::new(kernel_release(), Vec::new());
         if self.leave_running {
             release(captured)?;
-            let freeze_us = report.elapsed_us();
-            return Ok((report.phase("commit", |_| writer.commit(meta))?, freeze_us));
+            let ran_on_us = report.elapsed_us();
+            return Ok((report.phase("commit", |_| writer.commit(meta))?, ran_on_us));
         }
         let committed = report.phase("commit", |_| writer.commit(meta))?;
         report.phase("end", |_| end(captured))?;

@@ -1,14 +1,14 @@
 //! `limosa ps`, `stop` and `rm`.
 
-use std::fmt::Write;
 use std::process::ExitCode;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use clap::Args;
 use limosa_container::{Name, Record};
 use serde::Serialize;
 
 use crate::context::{Context, Outcome};
+use crate::text::{age, table};
 
 /// List containers.
 #[derive(Debug, Args)]
@@ -80,37 +80,6 @@ impl Ps {
     }
 }
 
-/// Rows with columns as wide as their widest cell, the last one free.
-fn table<const N: usize>(rows: &[[String; N]]) -> String {
-    let mut widths = [0; N];
-    for row in rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
-        }
-    }
-    let mut text = String::new();
-    for row in rows {
-        let mut line = String::new();
-        for (width, cell) in widths.iter().zip(row) {
-            let _ = write!(line, "{cell:width$}  ");
-        }
-        let _ = writeln!(text, "{}", line.trim_end());
-    }
-    text
-}
-
-/// The time since `created`, seconds since 1970, in its largest whole unit.
-fn age(created: u64) -> String {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs());
-    let seconds = now.saturating_sub(created);
-    match seconds {
-        0..60 => format!("{seconds}s"),
-        60..3600 => format!("{}m", seconds / 60),
-        3600..86_400 => format!("{}h", seconds / 3600),
-        _ => format!("{}d", seconds / 86_400),
-    }
-}
-
 /// Stop containers: SIGTERM to the first process, SIGKILL after the timeout. Their files stay.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  limosa stop web\n  limosa stop web db --timeout 2")]
@@ -161,15 +130,4 @@ fn report_names(context: &Context, names: &[Name]) -> Outcome {
     let text: String = names.iter().fold(String::new(), |text, name| text + name.as_str() + "\n");
     context.report(&names, text)?;
     Ok(ExitCode::SUCCESS)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn columns_line_up_and_lines_have_no_trailing_spaces() {
-        let rows = [["a", "bbb"], ["cc", "d"]].map(|row| row.map(str::to_owned));
-        assert_eq!(table(&rows), "a   bbb\ncc  d\n");
-    }
 }

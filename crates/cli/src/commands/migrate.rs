@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use clap::Args;
 use limosa_container::Name;
 use limosa_container::migration::{self, Arrivals};
-use limosa_engine::Report;
+use limosa_engine::{Report, Times};
 use limosa_migrate::{
     Address, Connect as _, Limits, ListenOptions, Listener, Outcome as MigrationOutcome, Received, Store,
     Transport,
@@ -16,6 +16,8 @@ use serde::Serialize;
 
 use crate::context::{Context, Outcome};
 use crate::progress;
+use crate::text;
+use crate::trace::Trace;
 
 /// Move a running container to another host.
 #[derive(Debug, Args)]
@@ -29,6 +31,9 @@ pub struct Migrate {
 
     /// ssh://[user@]host[:port], or limosa://host:port/TICKET.
     destination: String,
+
+    #[command(flatten)]
+    trace: Trace,
 }
 
 /// The report of a migration.
@@ -38,6 +43,8 @@ struct Done {
     destination: String,
     /// Microseconds from the freeze here until the destination said that it runs there.
     frozen_us: u64,
+    #[serde(flatten)]
+    times: Times,
     #[serde(flatten)]
     report: Report,
 }
@@ -51,6 +58,7 @@ impl Migrate {
     /// Migrates.
     pub fn execute(self, context: &Context) -> Outcome {
         let mut address: Address = self.destination.parse()?;
+        self.trace.prepare()?;
         let registry = context.registry();
         let store = store(context)?;
         let mut report = Report::default();
@@ -74,15 +82,24 @@ impl Migrate {
             }
         }
         let destination = Address::redacted(&address);
-        let done = Done { container: self.name, destination, frozen_us: migrated.frozen_us, report };
+        self.trace.write(&report);
+        let times = Times {
+            freeze_us: Some(migrated.frozen_us),
+            // As this side hears of it. Nothing is written to a disk.
+            first_instruction_us: report.end_us("hand over"),
+            last_page_us: report.last_page_us(),
+            whole_us: report.elapsed_us(),
+            durable_us: None,
+        };
+        let done = Done { container: self.name, destination, frozen_us: migrated.frozen_us, times, report };
         let text = format!(
-            "{} moved to {}: {} processes, {} threads, {:.1} MiB of memory; frozen {:.1} ms\n",
+            "{} moved to {}: {} processes, {} threads, {} of memory\n{}",
             done.container,
             done.destination,
             done.report.processes,
             done.report.threads,
-            done.report.page_bytes as f64 / 1_048_576.0,
-            done.frozen_us as f64 / 1000.0,
+            text::size(done.report.page_bytes),
+            text::times(&done.times, &done.report, context.verbose),
         );
         context.report(&done, text)?;
         Ok(ExitCode::SUCCESS)

@@ -3,10 +3,12 @@
 mod checkpoint;
 mod containers;
 mod exec;
+mod inspect;
 mod logs;
 mod migrate;
 mod restore;
 mod run;
+mod shells;
 
 use clap::Subcommand;
 
@@ -20,12 +22,16 @@ pub enum Command {
     Migrate(migrate::Migrate),
     Receive(migrate::Receive),
     Settle(migrate::Settle),
+    Inspect(inspect::Inspect),
+    Verify(inspect::Verify),
     Run(run::Run),
     Exec(exec::Exec),
     Logs(logs::Logs),
     Ps(containers::Ps),
     Stop(containers::Stop),
     Rm(containers::Rm),
+    Completions(shells::Completions),
+    Man(shells::Man),
 }
 
 impl Command {
@@ -37,12 +43,16 @@ impl Command {
             Self::Migrate(command) => command.execute(context),
             Self::Receive(command) => command.execute(context),
             Self::Settle(command) => command.execute(context),
+            Self::Inspect(command) => command.execute(context),
+            Self::Verify(command) => command.execute(context),
             Self::Run(command) => command.execute(context),
             Self::Exec(command) => command.execute(context),
             Self::Logs(command) => command.execute(context),
             Self::Ps(command) => command.execute(context),
             Self::Stop(command) => command.execute(context),
             Self::Rm(command) => command.execute(context),
+            Self::Completions(command) => command.execute(),
+            Self::Man(command) => command.execute(context),
         }
     }
 }

@@ -5,11 +5,13 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Args;
-use limosa_engine::{Report, restore};
+use limosa_engine::{Report, Times, restore};
 use limosa_image::Checkpoint;
 use serde::Serialize;
 
 use crate::context::{Context, Outcome};
+use crate::text;
+use crate::trace::Trace;
 
 /// Start again what a checkpoint holds.
 #[derive(Debug, Args)]
@@ -35,14 +37,17 @@ pub struct Restore {
     /// The directory that becomes the tree's root.
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
+
+    #[command(flatten)]
+    trace: Trace,
 }
 
 /// The report of a restore.
 #[derive(Debug, Serialize)]
 struct Done {
     pid: i32,
-    /// Microseconds from the start until the first instruction of the tree.
-    first_instruction_us: u64,
+    #[serde(flatten)]
+    times: Times,
     #[serde(flatten)]
     report: Report,
 }
@@ -50,6 +55,7 @@ struct Done {
 impl Restore {
     /// Restores.
     pub fn execute(self, context: &Context) -> Outcome {
+        self.trace.prepare()?;
         let mut report = Report::default();
         let checkpoint = report.phase("open", |_| Checkpoint::open(&self.dir))?;
         if limosa_container::holds_container(&checkpoint) {
@@ -79,13 +85,22 @@ impl Restore {
 
     /// Reports, and waits for the root's end if that is wanted.
     fn conclude(self, context: &Context, root: i32, report: Report) -> Outcome {
-        let done = Done { pid: root, first_instruction_us: report.elapsed_us(), report };
+        self.trace.write(&report);
+        let whole_us = report.elapsed_us();
+        let times = Times {
+            first_instruction_us: report.end_us("start"),
+            last_page_us: report.last_page_us(),
+            whole_us,
+            ..Times::default()
+        };
+        let done = Done { pid: root, times, report };
         let text = format!(
-            "process {} runs: {} processes, {} threads; first instruction after {:.1} ms\n",
+            "process {} runs: {} processes, {} threads, {} of memory\n{}",
             done.pid,
             done.report.processes,
             done.report.threads,
-            done.first_instruction_us as f64 / 1000.0
+            text::size(done.report.page_bytes),
+            text::times(&done.times, &done.report, context.verbose),
         );
         context.report(&done, text)?;
         if self.detach {

@@ -1,0 +1,156 @@
+//! What a user can ask about a checkpoint and its making: `inspect`, `verify`, reports, traces. Needs root.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+fn limosa(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_limosa"));
+    command.args(arguments).stdin(Stdio::null()).output().expect("limosa")
+}
+
+/// What a command that must succeed says on standard output.
+fn says(arguments: &[&str]) -> String {
+    let output = limosa(arguments);
+    assert!(output.status.success(), "{arguments:?}: {output:?}");
+    String::from_utf8(output.stdout).expect("text")
+}
+
+fn json(arguments: &[&str]) -> Value {
+    serde_json::from_str(&says(arguments)).expect("JSON")
+}
+
+/// A directory, and a process with a pipe that sleeps until the end of the test.
+struct Scene {
+    directory: TempDir,
+    sleeper: Child,
+}
+
+impl Scene {
+    fn new() -> Option<Self> {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("SKIPPED: this test needs root");
+            return None;
+        }
+        let directory = tempfile::tempdir().expect("a directory");
+        let output = fs::File::create(directory.path().join("out")).expect("a file");
+        let mut command = Command::new("setsid");
+        command.args(["sleep", "1000"]).stdin(Stdio::piped()).stdout(output).stderr(Stdio::null());
+        let sleeper = command.spawn().expect("a process");
+        let scene = Self { directory, sleeper };
+        while scene.comm() != "sleep" {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        Some(scene)
+    }
+
+    fn comm(&self) -> String {
+        let path = format!("/proc/{}/comm", self.sleeper.id());
+        fs::read_to_string(path).unwrap_or_default().trim_end().to_owned()
+    }
+
+    fn target(&self) -> String {
+        format!("pid:{}", self.sleeper.id())
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.directory.path().join(name).to_str().expect("UTF-8").to_owned()
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        let _ = self.sleeper.kill();
+        let _ = self.sleeper.wait();
+    }
+}
+
+#[test]
+fn a_checkpoint_can_be_looked_into_and_verified() {
+    let Some(scene) = Scene::new() else { return };
+    let (out, trace) = (scene.path("ck"), scene.path("trace.json"));
+    let target = scene.target();
+    let done = json(&["checkpoint", &target, "--out", &out, "--leave-running", "--trace", &trace, "--json"]);
+    let time = |name: &str| done[name].as_u64().unwrap_or_else(|| panic!("{name}: {done}"));
+    assert!(time("freeze_us") <= time("first_instruction_us"), "{done}");
+    assert!(time("last_page_us") <= time("durable_us") && time("durable_us") <= time("whole_us"), "{done}");
+
+    let events: Value = serde_json::from_slice(&fs::read(&trace).expect("a trace")).expect("JSON");
+    let events = events.as_array().expect("events");
+    assert!(events.iter().all(|event| event["ph"] == "X" && event["dur"].is_u64()), "{events:?}");
+    assert!(events.iter().any(|event| event["name"] == "freeze"), "{events:?}");
+
+    let inspected = json(&["inspect", &out, "--json"]);
+    let process = &inspected["tree"]["processes"][0];
+    assert_eq!(process["pid"].as_u64(), Some(scene.sleeper.id().into()));
+    assert_eq!((process["name"].as_str(), process["state"].as_str()), (Some("sleep"), Some("running")));
+    let kinds: Vec<&str> = process["descriptors"]
+        .as_array()
+        .expect("some")
+        .iter()
+        .filter_map(|one| one["kind"].as_str())
+        .collect();
+    // Others are inherited from whatever runs this test.
+    assert_eq!(kinds[..3], ["pipe", "file", "file"]);
+    assert!(process["memory"]["stored"].as_u64() > Some(0));
+    assert!(inspected["container"].is_null());
+    assert_eq!(inspected["checkpoint"]["meta"]["id"], done["id"]);
+
+    let text = says(&["inspect", &out]);
+    assert!(
+        text.contains(&format!("{} sleep", scene.sleeper.id())) && text.contains("2 file, 1 pipe"),
+        "{text}"
+    );
+    assert_eq!(json(&["verify", &out, "--json"])["id"], done["id"]);
+    assert!(says(&["verify", &out]).contains("whole"));
+
+    let pages = PathBuf::from(&out).join("memory.pages");
+    let mut bytes = fs::read(&pages).expect("pages");
+    bytes[5000] ^= 1;
+    fs::write(&pages, bytes).expect("written");
+    let damaged = limosa(&["verify", &out]);
+    let message = String::from_utf8(damaged.stderr).expect("text");
+    assert_eq!(damaged.status.code(), Some(1));
+    assert!(message.contains("memory.pages"), "{message}");
+}
+
+#[test]
+fn a_trace_that_cannot_be_written_is_found_out_before_anything_is_done() {
+    let Some(scene) = Scene::new() else { return };
+    let (out, target) = (scene.path("ck"), scene.target());
+    let refused = limosa(&["checkpoint", &target, "--out", &out, "--trace", &scene.path("none/trace")]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(!PathBuf::from(&out).exists());
+    assert_eq!(scene.comm(), "sleep");
+}
+
+#[test]
+fn completions_and_manual_pages_know_every_subcommand() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let man = directory.path().to_str().expect("UTF-8");
+    says(&["man", "--out", man]);
+    let help = says(&["--help"]);
+    let commands: Vec<&str> = help
+        .lines()
+        .skip_while(|line| *line != "Commands:")
+        .skip(1)
+        .take_while(|line| !line.is_empty())
+        .filter_map(|line| line.strip_prefix("  ")?.split(' ').next())
+        .filter(|name| !name.is_empty() && *name != "help")
+        .collect();
+    assert!(commands.len() > 10, "{commands:?}");
+    for shell in ["bash", "zsh", "fish"] {
+        let completions = says(&["completions", shell]);
+        for command in &commands {
+            assert!(completions.contains(command), "{shell} does not know {command}");
+        }
+    }
+    for command in commands {
+        let page = directory.path().join(format!("limosa-{command}.1"));
+        assert!(page.exists(), "{}", page.display());
+        assert!(says(&[command, "--help"]).contains("Examples:"), "{command} --help has no examples");
+    }
+}
