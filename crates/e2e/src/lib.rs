@@ -6,6 +6,7 @@
 //! | [`limosa`] | the program: `checkpoint`, `restore`, and what they said |
 //! | [`target`] | a `limosa-target`, or any program with the same protocol of files |
 //! | [`round_trip`] | checkpoint, restore several times, verify each time; and the refusal |
+//! | [`sweep`] | `limosa` killed at its N-th operation on the kernel, and what must be whole then |
 //! | [`programs`] | redis, nginx, Python, bash on a terminal, PostgreSQL, each with a client that verifies state |
 //!
 //! The programs under test are those beside the running test in the build directory; `.config/nextest.toml` has them
@@ -15,6 +16,7 @@ pub mod limosa;
 pub mod programs;
 pub mod round_trip;
 pub mod sandbox;
+pub mod sweep;
 pub mod target;
 
 use std::path::PathBuf;
@@ -29,7 +31,11 @@ pub fn built(name: &str) -> Result<PathBuf> {
     // target/debug/deps/TEST-HASH → target/debug/NAME
     let directory = test.ancestors().nth(2).context("this test's file is in no build directory")?;
     let path = directory.join(name);
-    ensure!(path.exists(), "{} is not built: run 'cargo build --workspace --bins'", path.display());
+    ensure!(
+        path.exists(),
+        "{} is not built: run 'cargo build --workspace --bins --features limosa/fault'",
+        path.display()
+    );
     Ok(path)
 }
 

@@ -54,6 +54,7 @@ pub(crate) fn build_all(
         }
         Ok(())
     })?;
+    super::start::seize_leaders(tree, nursery)?;
     report.phase("attributes", |_| -> Result<(), RestoreError> {
         for (index, process) in tree.processes.iter().enumerate() {
             if let Life::Alive(body) = &process.life {

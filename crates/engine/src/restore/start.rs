@@ -41,7 +41,26 @@ pub(crate) fn start_all(tree: &Tree, nursery: &mut Nursery) -> Result<(), Restor
     Ok(())
 }
 
-/// Seizes and stops all threads of a puppet process. They die with us until they are let go.
+/// Seizes the leaders of all puppet processes, which run on, and die with us from now on. Until here they die with
+/// their parents, but that ends where a process gets its own parent-death signal or changes its user.
+pub(crate) fn seize_leaders(tree: &Tree, nursery: &Nursery) -> Result<(), RestoreError> {
+    for (index, process) in tree.processes.iter().enumerate() {
+        if let Life::Alive(body) = &process.life {
+            seize(nursery.puppets[index].pid(), &body.threads[0])?;
+        }
+    }
+    Ok(())
+}
+
+fn seize(tid: i32, thread: &Thread) -> limosa_kernel::Result<()> {
+    let options = Options::EXIT_KILL | Options::TRACE_SYSGOOD;
+    ptrace::seize(tid, options | Options::SUSPEND_SECCOMP).or_else(|error| {
+        // Without it the filters would judge what is left to be done.
+        if thread.state.seccomp.is_on() { Err(error) } else { ptrace::seize(tid, options) }
+    })
+}
+
+/// Stops all threads of a puppet process, of which the leader is seized already. They die with us until they are let go.
 fn stop_threads(pid: i32, threads: &[Thread]) -> Result<Vec<Actor<'_>>, RestoreError> {
     let proc = ProcDir::open(pid)?;
     let mut actors = Vec::with_capacity(threads.len());
@@ -54,11 +73,10 @@ fn stop_threads(pid: i32, threads: &[Thread]) -> Result<Vec<Actor<'_>>, RestoreE
         let thread = threads.iter().find(|thread| thread.tid == own).ok_or_else(|| {
             RestoreError::inconsistent(format!("process {pid} has a thread {own} too many"))
         })?;
-        let options = Options::EXIT_KILL | Options::TRACE_SYSGOOD;
-        ptrace::seize(tid, options | Options::SUSPEND_SECCOMP).or_else(|error| {
-            // Without it the filters would judge what is left to be done.
-            if thread.state.seccomp.is_on() { Err(error) } else { ptrace::seize(tid, options) }
-        })?;
+        // The leader is seized already.
+        if tid != pid {
+            seize(tid, thread)?;
+        }
         ptrace::interrupt(tid)?;
         actors.push(Actor { tid, thread });
     }

@@ -1,0 +1,161 @@
+//! `limosa` killed at its operations on the kernel: what it worked on must not notice.
+//!
+//! The normal run kills at a few dozen points of each kind; `make sweep` at all (or 1,000).
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use limosa_e2e::limosa::{self, Source};
+use limosa_e2e::programs::{Program, Redis};
+use limosa_e2e::sandbox::{Sandbox, processes, sandboxed, wait_until_alone};
+use limosa_e2e::sweep::{Footprint, Run, count, killed_at, points, unfinished};
+use limosa_e2e::target::Target;
+use limosa_e2e::wait_for;
+use rustix::process::{Pid, WaitOptions, waitpid};
+
+fn checkpoint_arguments(root: Pid, out: &Path, source: Source) -> Vec<OsString> {
+    let mut arguments = vec!["checkpoint".into(), format!("pid:{}", root.as_raw_pid()).into()];
+    arguments.extend(["--out".into(), out.into()]);
+    if source == Source::GoesOn {
+        arguments.push("--leave-running".into());
+    }
+    arguments
+}
+
+/// `limosa checkpoint --leave-running` of the process `root`, killed at many points; after each `verify` must find it
+/// whole. At the end a checkpoint is made and nothing unfinished is left.
+fn sweep_leaving_running(
+    sandbox: &Sandbox,
+    root: Pid,
+    some: u64,
+    mut verify: impl FnMut() -> Result<String>,
+) -> Result<()> {
+    let out = sandbox.path("swept");
+    let arguments = checkpoint_arguments(root, &out, Source::GoesOn);
+    verify().context("before the sweep")?;
+    let total = count(sandbox, &arguments)?;
+    fs::remove_dir_all(&out)?;
+    let (points, mut kills) = (points(total, some, 5), 0);
+    for number in &points {
+        let footprint = Footprint::of(root)?;
+        let run = killed_at(sandbox, &arguments, *number)?;
+        let context = || format!("limosa {run:?} at operation {number} of {total}");
+        kills += u64::from(matches!(run, Run::Killed));
+        footprint.returns(root).with_context(context)?;
+        verify().with_context(context)?;
+        ensure!(unfinished(&out)? <= 1, "{}: {} unfinished checkpoints", context(), unfinished(&out)?);
+        if out.exists() {
+            limosa_image::verify(&out).with_context(context)?;
+            fs::remove_dir_all(&out)?;
+        }
+    }
+    limosa::run(sandbox, &arguments)?.success("checkpoint after the sweep")?;
+    limosa_image::verify(&out)?;
+    ensure!(unfinished(&out)? == 0, "unfinished checkpoints remain");
+    println!("{total} operations, {} points, {kills} kills; {}", points.len(), verify()?);
+    ensure!(kills + 10 >= points.len() as u64, "only {kills} of {} runs were killed", points.len());
+    Ok(())
+}
+
+#[test]
+fn checkpoint_of_twenty_threads() {
+    sandboxed(|sandbox| {
+        let target = Target::start(sandbox, "threads", &[])?;
+        sweep_leaving_running(sandbox, target.root(), 50, || target.verify())?;
+        target.quit().map(drop)
+    });
+}
+
+#[test]
+fn checkpoint_of_redis_with_clients() {
+    sandboxed(|sandbox| {
+        let mut redis = Redis::start(sandbox, 2000)?;
+        let root = redis.root();
+        sweep_leaving_running(sandbox, root, 50, || redis.verify())?;
+        drop(redis);
+        sandbox.end_all()
+    });
+}
+
+/// Before the rename the source runs on and nothing is there; after it the checkpoint is there and whole, and the source
+/// has ended or runs on.
+#[test]
+fn checkpoint_that_ends_its_source() {
+    sandboxed(|sandbox| {
+        let out = sandbox.path("swept");
+        let target = Target::start(sandbox, "threads", &[])?;
+        let total = count(sandbox, &checkpoint_arguments(target.root(), &out, Source::Ends))?;
+        fs::remove_dir_all(&out)?;
+        wait_until_alone()?;
+        let mut target = Target::start(sandbox, "threads", &[])?;
+        let (mut kills, mut complete, mut ended) = (0, 0, 0);
+        for number in points(total, 15, 40) {
+            let arguments = checkpoint_arguments(target.root(), &out, Source::Ends);
+            let run = killed_at(sandbox, &arguments, number)?;
+            kills += u64::from(matches!(run, Run::Killed));
+            let context = || format!("limosa {run:?} at operation {number} of {total}");
+            if out.exists() {
+                complete += 1;
+                limosa_image::verify(&out).with_context(context)?;
+                fs::remove_dir_all(&out)?;
+                // A source that was killed may still be on its way out.
+                let root = Some(target.root());
+                let gone = wait_for("its end", Duration::from_millis(300), || {
+                    Ok(waitpid(root, WaitOptions::NOHANG)?)
+                });
+                if gone.is_ok() {
+                    ended += 1;
+                    sandbox.end_all()?;
+                    target = Target::start(sandbox, "threads", &[])?;
+                } else {
+                    target.verify().with_context(context)?;
+                }
+            } else {
+                ensure!(waitpid(Some(target.root()), WaitOptions::NOHANG)?.is_none(), "{}: ended", context());
+                target.verify().with_context(context)?;
+            }
+        }
+        println!("{total} operations, {kills} kills; {complete} complete checkpoints, {ended} sources ended");
+        ensure!(
+            complete > ended && ended > 0,
+            "the sweep missed the end: {complete} complete, {ended} ended"
+        );
+        sandbox.end_all()
+    });
+}
+
+/// A killed restore leaves nothing, or, at its very end, the whole tree.
+#[test]
+fn restore_of_twenty_threads() {
+    sandboxed(|sandbox| {
+        let out = sandbox.path("swept");
+        let target = Target::start(sandbox, "threads", &[])?;
+        limosa::checkpoint(sandbox, target.root(), &out, Source::Ends, &[])?.success("checkpoint")?;
+        wait_until_alone()?;
+        let arguments = vec!["restore".into(), out.clone().into(), "--detach".into()];
+        let total = count(sandbox, &arguments)?;
+        sandbox.end_all()?;
+        let (mut kills, mut whole) = (0, 0);
+        let points = points(total, 50, 10);
+        for number in &points {
+            let run = killed_at(sandbox, &arguments, *number)?;
+            let context = || format!("limosa {run:?} at operation {number} of {total}");
+            kills += u64::from(matches!(run, Run::Killed));
+            if wait_until_alone().is_err() {
+                ensure!(!processes()?.is_empty());
+                target.verify().with_context(context)?;
+                whole += 1;
+                sandbox.end_all().with_context(context)?;
+            }
+            sandbox.check_empty().with_context(context)?;
+        }
+        println!("{total} operations, {} points, {kills} kills; {whole} trees complete", points.len());
+        limosa::restore(sandbox, &out, &[])?;
+        target.verify()?;
+        target.quit()?;
+        sandbox.end_all()
+    });
+}
