@@ -11,7 +11,7 @@ use crate::program::{Outcome, Program, ProgramError, RenderedProgram};
 
 const MAILBOX: usize = 64;
 /// A resident that has not answered for so long is stuck: none of its calls sleeps for long.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 /// How long the controller looks at the mailbox before it sleeps: about one wake-up across cores.
 const SPIN: Duration = Duration::from_micros(60);
 

@@ -109,9 +109,8 @@ fn visit(target: &Target, tid: i32, way: Way, caught: Option<u64>) {
         let mut padding = vec![1; (vdso.end - vdso.padding) as usize];
         memory.read(vdso.padding, &mut padding).unwrap();
         assert!(padding.iter().all(|byte| *byte == 0), "the padding is wiped");
-    } else {
-        drop(visit);
     }
+    // Otherwise the visit is abandoned where it is.
     ptrace::detach(tid, 0).unwrap();
     until("the scratch is gone", || mappings == target.mappings());
 }

@@ -135,8 +135,9 @@ impl Settle {
             };
             settled.push(Settled { container: record.container, migration: record.id.to_string(), outcome });
         }
-        let text: String =
-            settled.iter().map(|one| format!("{}: {}\n", one.container, one.outcome)).collect();
+        let text = settled
+            .iter()
+            .fold(String::new(), |text, one| format!("{text}{}: {}\n", one.container, one.outcome));
         let unknown = settled.iter().any(|one| one.outcome == "unknown");
         context.report(&settled, text)?;
         Ok(if unknown { ExitCode::from(3) } else { ExitCode::SUCCESS })

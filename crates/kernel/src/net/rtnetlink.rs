@@ -257,6 +257,7 @@ impl Rtnetlink {
     ///
     /// # Errors
     /// `EINTR` if the list changed during each of several attempts to read it.
+    #[allow(clippy::needless_pass_by_value)] // Made for the call, as all requests are.
     pub fn dump(&mut self, request: RouteNetlinkMessage, object: &str) -> Result<Vec<RouteNetlinkMessage>> {
         const ATTEMPTS: u32 = 16;
         let operation = operation(&request);

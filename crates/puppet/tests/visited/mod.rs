@@ -64,7 +64,7 @@ impl Target {
             unsafe {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
                 let good = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| body(shared)));
-                libc::_exit(if matches!(good, Ok(true)) { 0 } else { 1 });
+                libc::_exit(i32::from(!matches!(good, Ok(true))));
             }
         }
         let target = Self { pid, shared, reaped: false };
