@@ -5,13 +5,29 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use limosa_migrate::{Phase, Progress, Watch};
+use serde::Serialize;
 
-/// Shows what is told about the migration called `title`; nothing if the report is for a program.
-pub fn watch(title: String, quiet: bool) -> Watch<'static> {
-    if quiet {
-        return limosa_migrate::unwatched();
+/// How often a program is told within one phase.
+const INTERVAL: Duration = Duration::from_millis(20);
+
+/// How progress is shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Form {
+    /// A live line on a terminal, plain lines elsewhere; with --json nothing.
+    #[default]
+    Auto,
+    /// A JSON object a line, for programs: phase, bytes, elapsed_us.
+    Json,
+}
+
+/// Shows what is told about the migration called `title`; nothing if only the report, for a program, is wanted.
+pub fn watch(title: String, form: Form, json: bool) -> Watch<'static> {
+    match form {
+        Form::Json => objects(),
+        Form::Auto if json => limosa_migrate::unwatched(),
+        Form::Auto if std::io::stderr().is_terminal() => live(title),
+        Form::Auto => lines(title),
     }
-    if std::io::stderr().is_terminal() { live(title) } else { lines(title) }
 }
 
 fn name(phase: Phase) -> &'static str {
@@ -52,7 +68,39 @@ fn lines(title: String) -> Watch<'static> {
     })
 }
 
+/// One report, for a program.
+#[derive(Serialize)]
+struct Told {
+    phase: Phase,
+    /// Bytes that the connection has carried.
+    bytes: u64,
+    /// Microseconds since the beginning.
+    elapsed_us: u64,
+}
+
+fn objects() -> Watch<'static> {
+    let mut shown = None;
+    let begun = Instant::now();
+    let mut last = begun;
+    Box::new(move |progress: &Progress| {
+        if shown.replace(progress.phase) == Some(progress.phase) && last.elapsed() < INTERVAL {
+            return;
+        }
+        last = Instant::now();
+        let elapsed_us = begun.elapsed().as_micros() as u64;
+        let told = Told { phase: progress.phase, bytes: bytes(progress), elapsed_us };
+        if let Ok(line) = serde_json::to_string(&told) {
+            // As above.
+            let _ = writeln!(std::io::stderr(), "{line}");
+        }
+    })
+}
+
+/// The bytes of the direction in which the container goes.
+fn bytes(progress: &Progress) -> u64 {
+    progress.counters.bytes_sent.max(progress.counters.bytes_received)
+}
+
 fn describe(progress: &Progress) -> String {
-    let bytes = progress.counters.bytes_sent.max(progress.counters.bytes_received);
-    format!("{}, {:.1} MiB", name(progress.phase), bytes as f64 / 1_048_576.0)
+    format!("{}, {:.1} MiB", name(progress.phase), bytes(progress) as f64 / 1_048_576.0)
 }

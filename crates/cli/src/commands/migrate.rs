@@ -34,6 +34,10 @@ pub struct Migrate {
 
     #[command(flatten)]
     trace: Trace,
+
+    /// How progress is shown on standard error.
+    #[arg(long, value_enum, default_value_t)]
+    progress: progress::Form,
 }
 
 /// The report of a migration.
@@ -62,7 +66,8 @@ impl Migrate {
         let registry = context.registry();
         let store = store(context)?;
         let mut report = Report::default();
-        let watch = progress::watch(format!("{} → {}", self.name, address.redacted()), context.json);
+        let watch =
+            progress::watch(format!("{} → {}", self.name, address.redacted()), self.progress, context.json);
         let migrated = migration::migrate(&registry, &self.name, &mut address, &store, watch, &mut report)?;
         match migrated.outcome {
             MigrationOutcome::Moved(_) => {}
@@ -155,6 +160,10 @@ pub struct Receive {
     /// Listen here, and print a one-time ticket for the source.
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
+
+    /// How progress is shown on standard error, when listening.
+    #[arg(long, value_enum, default_value_t)]
+    progress: progress::Form,
 }
 
 /// The report of a reception.
@@ -188,8 +197,8 @@ impl Receive {
                 let listener = Listener::bind(address, ListenOptions::default(), Limits::default())?;
                 let destination = listener.destination(address.ip().to_string());
                 context.announce(&Ticket { destination: destination.address() }, destination.address())?;
-                let watch =
-                    progress::watch(format!("receiving on {}", listener.local_address()), context.json);
+                let title = format!("receiving on {}", listener.local_address());
+                let watch = progress::watch(title, self.progress, context.json);
                 listener.serve(&mut arrivals, &store, watch)?
             }
         };
