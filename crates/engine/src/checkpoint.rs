@@ -23,6 +23,7 @@ use crate::report::Report;
 use crate::resources::file_locks;
 use crate::resources::mapping::MappingState;
 use crate::resources::shared_memory::SharedObjects;
+use crate::resources::terminal::Terminals;
 use crate::resources::{
     CaptureContext, DescriptorState, LateState, NamespaceState, ProcessState, ThreadState, registers,
 };
@@ -63,7 +64,7 @@ pub fn capture(
     let mut shared = SharedObjects::default();
     let namespaces = NamespaceState::capture(&views[0], options.container)?;
     let mut processes = report.phase("ask", |_| ask_all(&frozen, &views, &mut spaces, &mut shared))?;
-    let (descriptions, network) = report.phase("descriptors", |_| {
+    let (descriptions, network, terminals) = report.phase("descriptors", |_| {
         capture_descriptors(&views, &mut processes, sink, &mut spaces, &mut shared, options)
     })?;
     report.phase("memory", |report| -> Result<(), CaptureError> {
@@ -77,7 +78,8 @@ pub fn capture(
     let (shared_objects, bytes) = report.phase("shared memory", |_| shared.store(sink, &mut spaces))?;
     report.page_bytes += bytes;
     let packet_lock = Some(network::left_behind(root));
-    let tree = Tree { processes, descriptions, shared_objects, namespaces, packet_lock };
+    let terminals = terminals.finish(&views);
+    let tree = Tree { processes, descriptions, shared_objects, terminals, namespaces, packet_lock };
     report.processes = tree.processes.len();
     report.threads = tree.living().map(|(_, body)| body.threads.len()).sum();
     report.mappings = tree.living().map(|(_, body)| body.mappings.len()).sum();
@@ -258,7 +260,7 @@ fn capture_descriptors(
     spaces: &mut SpaceAllocator,
     shared: &mut SharedObjects,
     options: &Options,
-) -> Result<(Vec<Description>, Network), CaptureError> {
+) -> Result<(Vec<Description>, Network, Terminals), CaptureError> {
     let mut found: Vec<DescriptionView> = Vec::new();
     let mut by_inode: HashMap<(u64, u64), Vec<usize>> = HashMap::new();
     let mut by_number = HashMap::new();
@@ -318,7 +320,8 @@ fn capture_descriptors(
             })
         })
         .collect::<Result<_, CaptureError>>()?;
-    Ok((descriptions, network))
+    let terminals = std::mem::take(&mut context.terminals);
+    Ok((descriptions, network, terminals))
 }
 
 /// Who gets the signals of a description (`F_SETOWN_EX`), by the ID that the processes see.

@@ -30,6 +30,7 @@ use crate::plan::{Kin, NodeId, Plan, Role};
 use crate::report::Report;
 use crate::resources::DescriptorState;
 use crate::resources::mapping::{self, Backing};
+use crate::resources::terminal;
 use crate::state::{Life, TREE, Tree};
 
 pub(crate) use inside::Inside;
@@ -46,6 +47,9 @@ pub struct Options {
     pub place: Option<Place>,
     /// Files outside the tree's root, by the keys they have in the checkpoint.
     pub externals: HashMap<String, PathBuf>,
+    /// Whether the tree is to outlive the caller. Its root then comes back without a parent-death signal: the kernel
+    /// would send it when the caller, which is its parent, ends.
+    pub detached: bool,
 }
 
 /// Namespaces and control groups that a tree is born into. The PID namespace is made with its root.
@@ -86,7 +90,14 @@ impl<'a> Planned<'a> {
     }
 
     /// Makes all processes, as puppets, and builds everything in them.
-    pub fn build(self, report: &mut Report) -> Result<Loaded, RestoreError> {
+    pub fn build(mut self, report: &mut Report) -> Result<Loaded, RestoreError> {
+        if self.options.detached
+            && let Some(Life::Alive(root)) = self.tree.processes.first_mut().map(|root| &mut root.life)
+        {
+            for thread in &mut root.threads {
+                thread.state.credentials.parent_death_signal = 0;
+            }
+        }
         let place = self.options.place.as_ref();
         if place.is_none() && !self.tree.namespaces.own.is_empty() {
             return Err(RestoreError::Unsupported {
@@ -94,7 +105,9 @@ impl<'a> Planned<'a> {
                 why: "only containers made by `limosa run` can have them yet".into(),
             });
         }
-        let mut nursery = report.phase("births", |_| births::give_birth(&self.tree, &self.plan, place))?;
+        let terminals = report.phase("terminals", |_| self.make_terminals())?;
+        let mut nursery =
+            report.phase("births", |_| births::give_birth(&self.tree, &self.plan, place, &terminals))?;
         report.processes = self.tree.processes.len();
         report.descriptions = self.tree.descriptions.len();
         report.threads = self.tree.living().map(|(_, body)| body.threads.len()).sum();
@@ -112,12 +125,30 @@ impl<'a> Planned<'a> {
             let _inside = network.map(|(_, namespace)| InNetns::enter(namespace)).transpose()?;
             let network = lock_connections(&self.tree)?;
             let objects =
-                descriptors::rebuild_all(&self.tree, self.checkpoint, root, &self.options.externals, &pids)?;
+                descriptors::rebuild_all(&self.tree, self.checkpoint, root, &self.options.externals, &pids, &terminals)?;
             Ok((objects, network))
         })?;
         network.starters = std::mem::take(&mut objects.starters);
         build::build_all(&self.tree, self.checkpoint, &mut nursery, objects, report)?;
         Ok(Loaded { tree: self.tree, nursery, network })
+    }
+
+    /// Makes the terminals, which must be there before the sessions that they control.
+    fn make_terminals(&self) -> Result<Vec<terminal::Rebuilt>, RestoreError> {
+        if self.tree.terminals.is_empty() {
+            return Ok(Vec::new());
+        }
+        let namespaces = self.options.place.iter().flat_map(|place| &place.namespaces);
+        let mount = namespaces.into_iter().find(|(kind, _)| *kind == Kind::Mount);
+        let root = match (&self.options.root, mount) {
+            (None, Some((_, mount))) => limosa_kernel::namespace::root_of(mount)?,
+            (path, _) => {
+                let path = path.clone().unwrap_or_else(|| PathBuf::from("/"));
+                rustix::fs::open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+                    .map_err(RestoreError::rebuild(path.display().to_string(), "open"))?
+            }
+        };
+        terminal::rebuild_all(&self.tree.terminals, &root)
     }
 
     fn open_root(&self, nursery: &Nursery) -> Result<OwnedFd, RestoreError> {
@@ -179,6 +210,8 @@ pub(crate) struct Nursery {
     pub(crate) socket: OwnedFd,
     /// The puppets' end: its number in each of them.
     pub(crate) socket_number: i32,
+    /// How many slaves of terminals lie behind the socket, at the numbers that follow.
+    pub(crate) terminals: usize,
     /// Who each node is, and its parent's node.
     pub(crate) roles: Vec<(Role, Option<NodeId>)>,
     /// The ID each node has in the tree's own PID namespace.

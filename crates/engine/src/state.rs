@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::resources::file_locks::FileLock;
 use crate::resources::mapping::MappingState;
 use crate::resources::shared_memory::SharedObject;
+use crate::resources::terminal::Terminal;
 use crate::resources::{DescriptorState, LateState, NamespaceState, ProcessState, ThreadState};
 
 /// Name of the section that holds the [`Tree`].
@@ -24,6 +25,9 @@ pub struct Tree {
     pub descriptions: Vec<Description>,
     /// Memory that processes share: anonymous, memfd, System V.
     pub shared_objects: Vec<SharedObject>,
+    /// Pseudo-terminals.
+    #[serde(default)]
+    pub terminals: Vec<Terminal>,
     /// The namespaces that are not the host's, and what is in them.
     pub namespaces: NamespaceState,
     /// Name of the packet lock that is left behind if the checkpoint ended the tree.

@@ -7,6 +7,7 @@
 
 mod error;
 pub mod fault;
+mod guarded;
 pub mod handle;
 pub mod memory;
 pub mod mount;
@@ -18,6 +19,7 @@ pub mod ptrace;
 pub mod signals;
 pub mod spawn;
 pub mod task;
+pub mod terminal;
 pub mod timer;
 
 pub use error::{Error, Result};

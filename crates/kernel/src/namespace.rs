@@ -8,6 +8,7 @@ use std::fmt;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
+use rustix::fs::{Mode, OFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::fault;
@@ -127,6 +128,23 @@ pub fn unshare(kinds: &[Kind]) -> Result<()> {
 pub fn unshare_directories() -> Result<()> {
     fault::point();
     unshare_flags(UnshareFlags::FS, format_args!("working directory"))
+}
+
+/// The root directory of the mount namespace behind `namespace`, as a descriptor that only paths start from.
+pub fn root_of(namespace: impl AsFd) -> Result<OwnedFd> {
+    let namespace = namespace.as_fd();
+    let open = || {
+        unshare_directories()?;
+        enter(namespace, Kind::Mount)?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::open("/", flags, Mode::empty())
+            .map_err(|errno| Error::new("open", "the root of a mount namespace", errno))
+    };
+    // A thread of its own: it does not come back from the namespace.
+    std::thread::scope(|scope| match scope.spawn(open).join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
 }
 
 fn unshare_flags(flags: UnshareFlags, object: fmt::Arguments<'_>) -> Result<()> {

@@ -61,7 +61,11 @@ impl Restore {
         if limosa_container::holds_container(&checkpoint) {
             return self.container(context, &checkpoint, report);
         }
-        let options = restore::Options { root: self.root.clone(), ..restore::Options::default() };
+        let options = restore::Options {
+            root: self.root.clone(),
+            detached: self.detach,
+            ..restore::Options::default()
+        };
         let planned = report.phase("plan", |_| restore::Planned::new(&checkpoint, options))?;
         let loaded = planned.build(&mut report)?;
         if let Some(path) = &self.pidfile {

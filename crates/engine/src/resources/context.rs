@@ -10,6 +10,7 @@ use limosa_puppet::Program;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use super::shared_memory::SharedObjects;
+use super::terminal::{Rebuilt, Terminals};
 use crate::error::{CaptureError, RestoreError};
 use crate::memory::SpaceAllocator;
 use crate::network::{Network, Starter};
@@ -36,6 +37,8 @@ pub struct CaptureContext<'a> {
     pub externals: &'a HashMap<(u64, u64), String>,
     /// What was read of all sockets at once.
     pub network: &'a mut Network,
+    /// The pseudo-terminals that descriptors are ends of.
+    pub terminals: Terminals,
     /// Rooms' notes, by object: what was captured already through another description.
     notes: HashMap<(&'static str, u64), usize>,
 }
@@ -53,8 +56,19 @@ impl<'a> CaptureContext<'a> {
         externals: &'a HashMap<(u64, u64), String>,
         network: &'a mut Network,
     ) -> Self {
-        let notes = HashMap::new();
-        Self { sink, spaces, descriptors, descriptions, own_pids, shared_objects, externals, network, notes }
+        let (terminals, notes) = (Terminals::default(), HashMap::new());
+        Self {
+            sink,
+            spaces,
+            descriptors,
+            descriptions,
+            own_pids,
+            shared_objects,
+            externals,
+            network,
+            terminals,
+            notes,
+        }
     }
 
     /// Whether the object `id` of `kind` is seen for the first time: the one time its content is to be stored.
@@ -98,6 +112,7 @@ pub struct RebuildContext<'a> {
     pub externals: &'a HashMap<String, PathBuf>,
     /// The PID that Limosa sees of each process, by its PID in the tree.
     pub pids: &'a HashMap<i32, i32>,
+    pub(crate) terminals: &'a [Rebuilt],
     root: OwnedFd,
     shared: HashMap<(&'static str, u64), Box<dyn Any>>,
     completions: Vec<Completion>,
@@ -106,15 +121,16 @@ pub struct RebuildContext<'a> {
 
 impl<'a> RebuildContext<'a> {
     /// A context for one restore; paths are resolved below `root`.
-    pub fn new(
+    pub(crate) fn new(
         checkpoint: &'a Checkpoint,
         root: OwnedFd,
         shared_objects: &'a [OwnedFd],
+        terminals: &'a [Rebuilt],
         externals: &'a HashMap<String, PathBuf>,
         pids: &'a HashMap<i32, i32>,
     ) -> Self {
         let (shared, completions, starters) = (HashMap::new(), Vec::new(), Vec::new());
-        Self { checkpoint, shared_objects, externals, pids, root, shared, completions, starters }
+        Self { checkpoint, shared_objects, externals, pids, terminals, root, shared, completions, starters }
     }
 
     /// The root directory of the tree's mount namespace.

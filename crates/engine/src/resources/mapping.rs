@@ -134,7 +134,7 @@ impl MappingState {
         shared: &mut SharedObjects,
     ) -> Result<Self, CaptureError> {
         let refuse = |reason, remedy| -> CaptureError {
-            Refusal::mapping(process.pid, mapping.start, format!("{:?}", mapping.name), reason, remedy).into()
+            Refusal::mapping(process.pid, mapping.start, mapping.name.to_string(), reason, remedy).into()
         };
         let flags = mapping.vm_flags.unwrap_or(VmFlags::empty());
         if let Some((_, reason, remedy)) = UNSUPPORTED.iter().find(|(flag, ..)| flags.contains(*flag)) {

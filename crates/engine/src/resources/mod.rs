@@ -239,6 +239,7 @@ descriptor_kinds! {
     udp: Udp(udp::Udp),
     unix_socket: UnixSocket(unix_socket::UnixSocket),
     other_socket: OtherSocket(other_socket::OtherSocket),
+    terminal: Terminal(terminal::TerminalEnd),
     pipe: Pipe(pipe::Pipe),
     file: File(file::File),
 }

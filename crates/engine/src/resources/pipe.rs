@@ -49,7 +49,11 @@ impl DescriptorKind for Pipe {
         if path.is_some() && view.stat.st_nlink == 0 {
             return Err(view.refuse("the FIFO has been deleted", "close it before the checkpoint").into());
         }
-        let content = if context.first(KIND, inode ^ view.stat.st_dev) { Some(content(view)?) } else { None };
+        let content = if context.first(KIND, inode ^ view.stat.st_dev) {
+            Some(content(view, has_packet_writer(view, context))?)
+        } else {
+            None
+        };
         Ok(Self { inode: inode ^ view.stat.st_dev, path, content })
     }
 
@@ -90,11 +94,20 @@ fn reopen(pipe: std::os::fd::BorrowedFd, flags: OFlags) -> Result<OwnedFd, Resto
     rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty()).map_err(fail("open"))
 }
 
-/// Reads the content without taking it out: tee(2) into a pipe of our own.
-fn content(view: &DescriptionView) -> Result<Content, CaptureError> {
+/// Whether a writing end in packet mode is in the tree: the mode belongs to the writer's description.
+fn has_packet_writer(view: &DescriptionView, context: &CaptureContext) -> bool {
+    context.descriptions.iter().any(|other| {
+        (other.stat.st_dev, other.stat.st_ino) == (view.stat.st_dev, view.stat.st_ino)
+            && OFlags::from_bits_retain(other.info.flags).contains(OFlags::DIRECT)
+    })
+}
+
+/// Reads the content without taking it out: tee(2) into a pipe of our own. What was written as packets is also
+/// read as packets, so that several pieces say so even where the writer is gone. A single packet of a writer that
+/// is gone comes back as plain bytes.
+fn content(view: &DescriptionView, packet_writer: bool) -> Result<Content, CaptureError> {
     let fail = |what| CaptureError::io(what, view.process.pid);
     let size = rustix::pipe::fcntl_getpipe_size(&view.descriptor).map_err(fail("asking a pipe's size"))? as u32;
-    let packets = OFlags::from_bits_retain(view.info.flags).contains(OFlags::DIRECT);
     // Through /proc for a reading end of our own, whatever end the process holds.
     let source = rustix::fs::open(
         format!("/proc/self/fd/{}", view.descriptor.as_raw_fd()),
@@ -119,7 +132,7 @@ fn content(view: &DescriptionView) -> Result<Content, CaptureError> {
         }
         Err(errno) => return Err(fail("copying a pipe's content")(errno)),
     }
-    Ok(Content { size, packets, pieces })
+    Ok(Content { size, packets: packet_writer || pieces.len() > 1, pieces })
 }
 
 impl Content {

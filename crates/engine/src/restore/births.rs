@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use limosa_kernel::proc::ProcDir;
-use limosa_puppet::{Arena, Birth, Program, Resident, Running};
+use limosa_puppet::{Arena, Birth, CallId, Program, Resident, Running};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::{ARENA_SIZE, Nursery, Place};
 use crate::error::RestoreError;
 use crate::plan::{NodeId, Plan, Role, Step};
 use crate::resources::signal_handlers;
+use crate::resources::terminal::Rebuilt;
 use crate::state::{Life, Tree};
 
 const CLONE_ARGS_SIZE: usize = 88;
@@ -36,7 +37,14 @@ pub(crate) fn add_clone(program: &mut Program, birth: &Birth, flags: u64, exit_s
 }
 
 /// Makes all processes of the plan as puppets: seized or not, they die with their parents until they are started.
-pub(crate) fn give_birth(tree: &Tree, plan: &Plan, place: Option<&Place>) -> Result<Nursery, RestoreError> {
+///
+/// Every puppet has the slaves of all terminals, so that leaders of sessions can take theirs.
+pub(crate) fn give_birth(
+    tree: &Tree,
+    plan: &Plan,
+    place: Option<&Place>,
+    terminals: &[Rebuilt],
+) -> Result<Nursery, RestoreError> {
     let was_subreaper = rustix::process::child_subreaper().is_ok_and(|pid| pid.is_some());
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
         .map_err(RestoreError::rebuild("the tree", "prctl(PR_SET_CHILD_SUBREAPER)"))?;
@@ -47,17 +55,18 @@ pub(crate) fn give_birth(tree: &Tree, plan: &Plan, place: Option<&Place>) -> Res
     let socket_number = socket_number(tree)?;
     let mut births: HashMap<NodeId, Birth> = HashMap::new();
     for node in plan.makers_last() {
-        let program = first_program(tree, plan, node, &births);
+        let program = first_program(tree, plan, node, &births, socket_number);
         births.insert(node, Birth::new(&mut arena, program)?);
     }
     let mut midwife = Resident::bare_child(&mut arena)?;
-    let bed = Bed { place, socket: &theirs, socket_number };
+    let bed = Bed { place, socket: &theirs, socket_number, terminals };
     let delivered = deliver_root(&mut midwife, &mut arena, &births[&0], tree.processes[0].pid, &bed);
     let mut nursery = Nursery {
         arena,
         puppets: Vec::new(),
         socket: ours,
         socket_number,
+        terminals: terminals.len(),
         roles: plan.nodes.iter().map(|node| (node.role, node.parent)).collect(),
         own_pids: plan.nodes.iter().map(|node| node.pid).collect(),
         ended: Vec::new(),
@@ -155,7 +164,7 @@ fn socket_number(tree: &Tree) -> Result<i32, RestoreError> {
         })
         .max()
         .unwrap_or(0);
-    let wanted = i64::from(highest) + 16;
+    let wanted = i64::from(highest) + 16 + tree.terminals.len() as i64;
     let limit = getrlimit(Resource::Nofile);
     if limit.current.is_some_and(|current| (current as i64) <= wanted) {
         let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
@@ -167,12 +176,18 @@ fn socket_number(tree: &Tree) -> Result<i32, RestoreError> {
             what: format!("descriptor {highest}"),
             why: format!("only {current} descriptors are allowed here; raise the limit (ulimit -n)"),
         }),
-        _ => Ok(wanted as i32),
+        _ => Ok(wanted as i32 - tree.terminals.len() as i32),
     }
 }
 
 /// The program a node runs first.
-fn first_program(tree: &Tree, plan: &Plan, node: NodeId, births: &HashMap<NodeId, Birth>) -> Program {
+fn first_program(
+    tree: &Tree,
+    plan: &Plan,
+    node: NodeId,
+    births: &HashMap<NodeId, Birth>,
+    socket_number: i32,
+) -> Program {
     let mut program = Program::new();
     program.call(
         "end with the parent",
@@ -183,6 +198,13 @@ fn first_program(tree: &Tree, plan: &Plan, node: NodeId, births: &HashMap<NodeId
         match step {
             Step::OwnSession => {
                 program.call("lead a session", libc::SYS_setsid, []);
+                let session = Some(plan.nodes[node].pid);
+                // Before any child is made, which inherits it.
+                if let Some(at) = tree.terminals.iter().position(|terminal| terminal.session == session) {
+                    let slave = slave_number(socket_number, at);
+                    let arguments = [slave.into(), libc::TIOCSCTTY.into(), 0.into()];
+                    program.call("take the controlling terminal", libc::SYS_ioctl, arguments);
+                }
             }
             Step::OwnGroup => {
                 program.call("lead a process group", libc::SYS_setpgid, [0.into(), 0.into()]);
@@ -213,6 +235,24 @@ struct Bed<'a> {
     place: Option<&'a Place>,
     socket: &'a OwnedFd,
     socket_number: i32,
+    terminals: &'a [Rebuilt],
+}
+
+/// The number that the slave of a terminal has in every puppet.
+pub(crate) fn slave_number(socket_number: i32, terminal: usize) -> i32 {
+    socket_number + 1 + terminal as i32
+}
+
+/// Adds the calls that put the slaves of terminals behind the socket. The numbers may be those of other descriptors
+/// of Limosa's, the slaves themselves among them: so each moves far away first.
+fn take_slaves(program: &mut Program, bed: &Bed) -> Vec<Option<CallId>> {
+    let free = slave_number(bed.socket_number, bed.terminals.len());
+    let mut away = |rebuilt: &Rebuilt| {
+        let slave = rebuilt.slave.as_ref()?;
+        let arguments = [slave.as_raw_fd().into(), libc::F_DUPFD.into(), free.into()];
+        Some(program.call("keep a terminal", libc::SYS_fcntl, arguments))
+    };
+    bed.terminals.iter().map(&mut away).collect()
 }
 
 /// Has the midwife give birth to the root, as a child of ours.
@@ -241,13 +281,25 @@ fn deliver_root(
     // Standard input, output and error are the controller's: nothing of it is to stay in the tree.
     let number = bed.socket_number;
     let keep = number as u64;
+    let slaves = take_slaves(&mut program, bed);
     program.call("take the socket", libc::SYS_dup3, [bed.socket.as_raw_fd().into(), number.into(), 0.into()]);
     program.call(
         "close the controller's descriptors",
         libc::SYS_close_range,
         [0.into(), (keep - 1).into(), 0.into()],
     );
-    let above = [(keep + 1).into(), u64::from(u32::MAX).into(), 0.into()];
+    for (at, slave) in slaves.into_iter().enumerate() {
+        let number = slave_number(number, at);
+        match slave {
+            Some(slave) => {
+                program.call("take a terminal", libc::SYS_dup3, [slave.into(), number.into(), 0.into()]);
+            }
+            None => {
+                program.try_call("close the controller's descriptors", libc::SYS_close, [number.into()]);
+            }
+        }
+    }
+    let above = [slave_number(number, bed.terminals.len()).into(), u64::from(u32::MAX).into(), 0.into()];
     program.call("close the controller's descriptors", libc::SYS_close_range, above);
     let arguments = clone_arguments(&mut program, flags, 0, pid);
     let call =

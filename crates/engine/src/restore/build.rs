@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use limosa_image::Checkpoint;
 use limosa_puppet::{Birth, Program, Running};
 
-use super::births::add_clone;
+use super::births::{add_clone, slave_number};
 use super::descriptors::{self, Objects};
 use super::{Nursery, is_alive};
 use crate::error::RestoreError;
@@ -264,7 +264,15 @@ fn complete(
             completion(&Holder { number: descriptor.number, descriptors: &body.descriptors }, &mut program);
         }
     }
-    program.call("close the socket", libc::SYS_close, [nursery.socket_number.into()]);
+    if let Some((at, group)) = foreground(tree, tree.processes[index].pid) {
+        let (slave, group) = (slave_number(nursery.socket_number, at), program.words(&[group as u64]));
+        // The group may have ended with nobody left to wait for it.
+        let arguments = [slave.into(), libc::TIOCSPGRP.into(), group.into()];
+        program.try_call("set the terminal's foreground group", libc::SYS_ioctl, arguments);
+    }
+    let last = slave_number(nursery.socket_number, nursery.terminals) - 1;
+    let arguments = [nursery.socket_number.into(), last.into(), 0.into()];
+    program.call("close the socket and the terminals", libc::SYS_close_range, arguments);
     forget_children(&mut program);
     body.state.rebuild(&mut program);
     let mut threads: Vec<(i32, Birth)> = Vec::with_capacity(body.threads.len() - 1);
@@ -302,6 +310,12 @@ fn complete(
     }
     debug_assert!(is_alive(tree, index));
     Ok(())
+}
+
+/// The terminal that a session's leader controls, and the group in its foreground.
+fn foreground(tree: &Tree, leader: i32) -> Option<(usize, i32)> {
+    let at = tree.terminals.iter().position(|terminal| terminal.session == Some(leader))?;
+    Some((at, tree.terminals[at].foreground?))
 }
 
 fn finish_thread(

@@ -14,6 +14,7 @@ use crate::error::RestoreError;
 use crate::network::Starter;
 use crate::resources::context::Completion;
 use crate::resources::mapping::{Backing, MappedFile};
+use crate::resources::terminal::Rebuilt;
 use crate::resources::{DescriptorState, RebuildContext, unix_socket};
 use crate::state::{Descriptor, Tree};
 
@@ -44,6 +45,7 @@ pub(crate) fn rebuild_all(
     root: OwnedFd,
     externals: &HashMap<String, PathBuf>,
     pids: &HashMap<i32, i32>,
+    terminals: &[Rebuilt],
 ) -> Result<Objects, RestoreError> {
     let shared = rebuild_shared(tree, checkpoint, root.as_fd())?;
     let own_root = root.try_clone().map_err(|source| RestoreError::Rebuild {
@@ -51,7 +53,7 @@ pub(crate) fn rebuild_all(
         step: "dup",
         source,
     })?;
-    let mut context = RebuildContext::new(checkpoint, root, &shared, externals, pids);
+    let mut context = RebuildContext::new(checkpoint, root, &shared, terminals, externals, pids);
     let mut descriptions = Vec::with_capacity(tree.descriptions.len());
     let mut completions = HashMap::new();
     for (index, description) in tree.descriptions.iter().enumerate() {
@@ -62,6 +64,9 @@ pub(crate) fn rebuild_all(
             completions.insert(index, completion);
         }
         descriptions.push(descriptor);
+    }
+    for (terminal, rebuilt) in tree.terminals.iter().zip(terminals) {
+        terminal.complete(rebuilt)?;
     }
     let starters = context.take_starters();
     drop(context);

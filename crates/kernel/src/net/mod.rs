@@ -17,7 +17,6 @@ pub mod tcp_rebuild;
 pub mod tcp_repair;
 pub mod tcp_snapshot;
 
-mod guarded;
 mod netlink;
 
 pub use namespace::InNetns;

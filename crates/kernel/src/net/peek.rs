@@ -15,7 +15,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use super::{guarded, raw, sockopt};
+use super::{raw, sockopt};
+use crate::guarded;
 use crate::{Error, Result};
 
 /// A message in a queue. On a stream: a stretch of bytes.

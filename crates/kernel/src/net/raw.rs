@@ -1,7 +1,7 @@
 //! The few raw socket calls that the modules here share: options as bytes, queue lengths, kinds.
 //!
 //! Everything in this module allocates nothing on success or failure (`io::Error` from an `errno` holds
-//! just the number), so that it may be used in the short-lived process of [`super::guarded`].
+//! just the number), so that it may be used in the short-lived process of [`crate::guarded`].
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};

@@ -30,7 +30,8 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::sock_diag::Diag;
 use super::tcp_repair::{self, Info, Mode, Options, Queue, State, TCP, Window};
-use super::{guarded, raw, sockopt};
+use super::{raw, sockopt};
+use crate::guarded;
 use crate::Error;
 
 /// One connection as plain data: all that the kernel needs to continue it.

@@ -97,6 +97,28 @@ pub enum MappingName {
     },
 }
 
+impl std::fmt::Display for MappingName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let text = |bytes| String::from_utf8_lossy(bytes);
+        match self {
+            Self::Anonymous => f.write_str("anonymous memory"),
+            Self::Heap => f.write_str("[heap]"),
+            Self::Stack => f.write_str("[stack]"),
+            Self::Vdso => f.write_str("[vdso]"),
+            Self::Vvar => f.write_str("[vvar]"),
+            Self::VvarVclock => f.write_str("[vvar_vclock]"),
+            Self::Vsyscall => f.write_str("[vsyscall]"),
+            Self::AnonName(name) => write!(f, "[anon:{}]", text(name)),
+            Self::AnonShmemName(name) => write!(f, "[anon_shmem:{}]", text(name)),
+            Self::Special(name) => f.write_str(&text(name)),
+            Self::Path { path, deleted } => {
+                f.write_str(&text(path))?;
+                if *deleted { f.write_str(" (deleted)") } else { Ok(()) }
+            }
+        }
+    }
+}
+
 impl MappingName {
     /// What the last column says.
     pub fn parse(name: &[u8]) -> Self {

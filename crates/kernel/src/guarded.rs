@@ -12,13 +12,13 @@
 use std::io;
 
 /// The process that asked for the work.
-pub(super) struct Caller {
+pub(crate) struct Caller {
     pid: libc::pid_t,
 }
 
 impl Caller {
     /// Whether somebody still waits for the result.
-    pub(super) fn is_alive(&self) -> bool {
+    pub(crate) fn is_alive(&self) -> bool {
         // SAFETY: getppid takes no argument and cannot fail.
         unsafe { libc::getppid() == self.pid }
     }
@@ -35,7 +35,7 @@ const STACK: usize = 128 << 10;
 
 /// Runs `work` beside this process. `Ok(false)`: the helper was killed before it finished;
 /// the caller, which is alive, has to undo what was half done.
-pub(super) fn run<F: FnOnce(&Caller)>(work: F) -> io::Result<bool> {
+pub(crate) fn run<F: FnOnce(&Caller)>(work: F) -> io::Result<bool> {
     let mut finished = false;
     // SAFETY: getpid takes no argument.
     let caller = Caller { pid: unsafe { libc::getpid() } };
