@@ -75,6 +75,7 @@ pub fn capture(
         }
         Ok(())
     })?;
+    shared.add_segments(root, namespaces.own.iter().any(|kind| kind == "ipc"))?;
     let (shared_objects, bytes) = report.phase("shared memory", |_| shared.store(sink, &mut spaces))?;
     report.page_bytes += bytes;
     let packet_lock = Some(network::left_behind(root));

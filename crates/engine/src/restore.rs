@@ -14,7 +14,7 @@ mod inside;
 mod start;
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use limosa_image::Checkpoint;
@@ -30,7 +30,7 @@ use crate::plan::{Kin, NodeId, Plan, Role};
 use crate::report::Report;
 use crate::resources::DescriptorState;
 use crate::resources::mapping::{self, Backing};
-use crate::resources::terminal;
+use crate::resources::{shared_memory, terminal};
 use crate::state::{Life, TREE, Tree};
 
 pub(crate) use inside::Inside;
@@ -124,12 +124,15 @@ impl<'a> Planned<'a> {
                 place.and_then(|place| place.namespaces.iter().find(|(kind, _)| *kind == Kind::Network));
             let _inside = network.map(|(_, namespace)| InNetns::enter(namespace)).transpose()?;
             let network = lock_connections(&self.tree)?;
+            let ipc = limosa_kernel::namespace::of_process(nursery.puppets[0].pid(), Kind::Ipc)?;
             let objects =
-                descriptors::rebuild_all(&self.tree, self.checkpoint, root, &self.options.externals, &pids, &terminals)?;
+                descriptors::rebuild_all(&self.tree, self.checkpoint, root, &self.options.externals, &pids, &terminals, ipc.as_fd())?;
             Ok((objects, network))
         })?;
         network.starters = std::mem::take(&mut objects.starters);
         build::build_all(&self.tree, self.checkpoint, &mut nursery, objects, report)?;
+        let ipc = limosa_kernel::namespace::of_process(nursery.puppets[0].pid(), Kind::Ipc)?;
+        shared_memory::remove_segments(&self.tree.shared_objects, ipc.as_fd())?;
         Ok(Loaded { tree: self.tree, nursery, network })
     }
 

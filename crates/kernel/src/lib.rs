@@ -18,6 +18,7 @@ pub mod proc;
 pub mod ptrace;
 pub mod signals;
 pub mod spawn;
+pub mod sysv;
 pub mod task;
 pub mod terminal;
 pub mod timer;

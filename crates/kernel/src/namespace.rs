@@ -130,20 +130,33 @@ pub fn unshare_directories() -> Result<()> {
     unshare_flags(UnshareFlags::FS, format_args!("working directory"))
 }
 
+/// Does `work` in the namespace of `kind` (neither pid, time nor user) behind `namespace`, on a thread of its own: the
+/// caller stays where it is.
+pub fn inside<T: Send, E: From<Error> + Send>(
+    namespace: impl AsFd,
+    kind: Kind,
+    work: impl FnOnce() -> std::result::Result<T, E> + Send,
+) -> std::result::Result<T, E> {
+    let namespace = namespace.as_fd();
+    let enter_and_work = || {
+        if kind == Kind::Mount {
+            unshare_directories()?;
+        }
+        enter(namespace, kind)?;
+        work()
+    };
+    std::thread::scope(|scope| match scope.spawn(enter_and_work).join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
+}
+
 /// The root directory of the mount namespace behind `namespace`, as a descriptor that only paths start from.
 pub fn root_of(namespace: impl AsFd) -> Result<OwnedFd> {
-    let namespace = namespace.as_fd();
-    let open = || {
-        unshare_directories()?;
-        enter(namespace, Kind::Mount)?;
+    inside(namespace, Kind::Mount, || {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         rustix::fs::open("/", flags, Mode::empty())
             .map_err(|errno| Error::new("open", "the root of a mount namespace", errno))
-    };
-    // A thread of its own: it does not come back from the namespace.
-    std::thread::scope(|scope| match scope.spawn(open).join() {
-        Ok(result) => result,
-        Err(panic) => std::panic::resume_unwind(panic),
     })
 }
 

@@ -4,7 +4,7 @@ use limosa_kernel::proc::{Mapping, MappingName, VmFlags};
 use limosa_puppet::Program;
 use serde::{Deserialize, Serialize};
 
-use super::shared_memory::{SharedObjects, is_shared_memory};
+use super::shared_memory::{SharedObjects, is_segment, is_shared_memory};
 use crate::error::{CaptureError, Refusal, RestoreError};
 use crate::view::ProcessView;
 
@@ -68,6 +68,8 @@ pub enum Backing {
     SharedMemory(usize, u64),
     /// A private view of memory that is shared otherwise, or of a deleted file: the same numbers.
     PrivateView(usize, u64),
+    /// A System V segment, by its ID.
+    SystemV(i32),
     /// A file.
     File(MappedFile),
     /// The kernel's vDSO with its data pages; the number is a digest of its code.
@@ -100,7 +102,7 @@ impl MappingState {
         match &self.backing {
             Backing::Anonymous | Backing::PrivateView(..) => true,
             Backing::File(file) => !file.shared,
-            Backing::SharedMemory(..) | Backing::Vdso(_) => false,
+            Backing::SharedMemory(..) | Backing::SystemV(_) | Backing::Vdso(_) => false,
         }
     }
 
@@ -154,6 +156,9 @@ impl MappingState {
             MappingName::AnonShmemName(_) => {
                 Backing::SharedMemory(shared.of_mapping(process, mapping, b"/dev/zero")?, mapping.offset)
             }
+            MappingName::Path { path, .. } if is_segment(path) => {
+                Backing::SystemV(shared.attachment(process, mapping))
+            }
             MappingName::Path { path, .. } => Backing::File(mapped_file(process, mapping, path, flags)?),
             MappingName::Special(_) => {
                 return Err(refuse("it maps something without a path", "close it first"));
@@ -192,6 +197,18 @@ impl MappingState {
     /// says that its pages will be written from outside before [`Self::finish`].
     pub fn map(&self, program: &mut Program, descriptor: Option<i32>, writable: bool) {
         let (kind, offset) = match &self.backing {
+            Backing::SystemV(id) => {
+                let mut access = 0;
+                if self.protection & libc::PROT_WRITE as u32 == 0 {
+                    access |= libc::SHM_RDONLY;
+                }
+                if self.protection & libc::PROT_EXEC as u32 != 0 {
+                    access |= libc::SHM_EXEC;
+                }
+                let arguments = [(*id).into(), self.start.into(), access.into()];
+                program.call("attach a System V segment", libc::SYS_shmat, arguments);
+                return;
+            }
             Backing::Anonymous => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, 0),
             Backing::SharedMemory(_, offset) => (libc::MAP_SHARED, *offset),
             Backing::PrivateView(_, offset) => (libc::MAP_PRIVATE, *offset),

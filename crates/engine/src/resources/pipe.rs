@@ -142,8 +142,11 @@ impl Content {
             return Err(RestoreError::inconsistent(format!("a pipe of {} bytes holds {bytes}", self.size)));
         }
         rustix::pipe::fcntl_setpipe_size(pipe, self.size as usize).map_err(fail("fcntl(F_SETPIPE_SZ)"))?;
-        let packets = if self.packets { OFlags::DIRECT } else { OFlags::empty() };
-        let writer = reopen(pipe.as_fd(), OFlags::WRONLY | OFlags::NONBLOCK | packets)?;
+        let writer = reopen(pipe.as_fd(), OFlags::WRONLY | OFlags::NONBLOCK)?;
+        if self.packets {
+            // open(2) takes O_DIRECT for files only.
+            rustix::fs::fcntl_setfl(&writer, OFlags::DIRECT | OFlags::NONBLOCK).map_err(fail("fcntl(F_SETFL)"))?;
+        }
         for piece in &self.pieces {
             let written = rustix::io::write(&writer, piece).map_err(fail("write"))?;
             if written != piece.len() {

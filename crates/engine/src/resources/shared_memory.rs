@@ -1,15 +1,17 @@
-//! Memory objects that processes share: anonymous shared memory, memfds (memfd_create(2)), and files that have been
+//! Memory objects that processes share: anonymous shared memory, memfds (memfd_create(2)), System V segments (shmget(2)), and files that have been
 //! deleted while they were open or mapped.
 //!
 //! An object is one inode that no path leads to. Its pages are stored once, by offset, whoever maps it or
 //! holds a descriptor of it. It is rebuilt in Limosa and given to the puppets as a descriptor to map.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use limosa_image::{Checkpoint, Sink, SpaceId};
+use limosa_kernel::namespace::{self, Kind};
 use limosa_kernel::proc::Mapping;
-use rustix::fs::{MemfdFlags, Mode, OFlags, ResolveFlags, SealFlags, SeekFrom};
+use limosa_kernel::sysv::{self, Permissions};
+use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, ResolveFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -57,11 +59,31 @@ pub enum SharedKind {
         /// Group.
         gid: u32,
     },
+    /// shmget(2): a segment, made with its ID in the tree's IPC namespace.
+    SystemV {
+        /// The identifier.
+        id: i32,
+        /// The key by which it is found; 0 if none.
+        key: i32,
+        /// Permission bits.
+        mode: u32,
+        /// Owner.
+        uid: u32,
+        /// Group.
+        gid: u32,
+        /// Whether it ends with its last attachment (`IPC_RMID`).
+        removed: bool,
+    },
+}
+
+/// Whether a mapping's path is that of a System V segment, `/SYSV` and the key in hexadecimal digits.
+pub fn is_segment(path: &[u8]) -> bool {
+    path.starts_with(b"/SYSV")
 }
 
 /// Whether a mapping's path is that of a memory object rather than of a file.
 pub fn is_shared_memory(path: &[u8]) -> bool {
-    path.starts_with(b"/memfd:") || path.starts_with(b"/SYSV")
+    path.starts_with(b"/memfd:")
 }
 
 /// The objects of a tree while it is captured.
@@ -70,9 +92,67 @@ pub struct SharedObjects {
     by_inode: HashMap<(u64, u64), usize>,
     objects: Vec<SharedObject>,
     descriptors: Vec<OwnedFd>,
+    attachments: Vec<Attachment>,
+}
+
+/// A System V segment in an address space.
+#[derive(Debug)]
+struct Attachment {
+    pid: i32,
+    id: i32,
+    start: u64,
+    length: u64,
+    offset: u64,
 }
 
 impl SharedObjects {
+    /// Notes that `mapping` is (part of) a System V segment; gives the segment's ID, which is its inode number.
+    pub fn attachment(&mut self, process: &ProcessView, mapping: &Mapping) -> i32 {
+        let id = mapping.inode as i32;
+        let (start, length, offset) = (mapping.start, mapping.len(), mapping.offset);
+        self.attachments.push(Attachment { pid: process.pid, id, start, length, offset });
+        id
+    }
+
+    /// Adds the System V segments that are attached somewhere in the tree; `all` adds every other segment in the IPC
+    /// namespace of process `root`, too.
+    pub fn add_segments(&mut self, root: i32, all: bool) -> Result<(), CaptureError> {
+        if !all && self.attachments.is_empty() {
+            return Ok(());
+        }
+        let ipc = namespace::of_process(root, Kind::Ipc)?;
+        let attached: HashSet<i32> = self.attachments.iter().map(|attachment| attachment.id).collect();
+        let found = namespace::inside(&ipc, Kind::Ipc, || -> limosa_kernel::Result<Vec<_>> {
+            let mut found = Vec::new();
+            for segment in sysv::segments()? {
+                if all || attached.contains(&segment.permissions.id) {
+                    let file = sysv::open_segment(segment.permissions.id, segment.size, false)?;
+                    found.push((segment, file));
+                }
+            }
+            Ok(found)
+        })?;
+        for attachment in &self.attachments {
+            let segment = found.iter().find(|(segment, _)| segment.permissions.id == attachment.id);
+            let whole = segment.is_some_and(|(segment, _)| {
+                attachment.offset == 0 && attachment.length == segment.size.next_multiple_of(PAGE)
+            });
+            if !whole {
+                let name = format!("System V segment {}", attachment.id);
+                let reason = "only part of the segment is attached, or parts of it are protected differently";
+                let remedy = "detach it (shmdt) before the checkpoint";
+                return Err(Refusal::mapping(attachment.pid, attachment.start, name, reason, remedy).into());
+            }
+        }
+        for (segment, file) in found {
+            let Permissions { key, id, mode, uid, gid } = segment.permissions;
+            let kind = SharedKind::SystemV { id, key, mode, uid, gid, removed: segment.removed };
+            self.objects.push(SharedObject { kind, size: segment.size, space: SpaceId(0) });
+            self.descriptors.push(file);
+        }
+        Ok(())
+    }
+
     /// The object that `mapping` shows.
     pub fn of_mapping(
         &mut self,
@@ -80,11 +160,6 @@ impl SharedObjects {
         mapping: &Mapping,
         path: &[u8],
     ) -> Result<usize, CaptureError> {
-        if path.starts_with(b"/SYSV") {
-            let name = String::from_utf8_lossy(path).into_owned();
-            let (reason, remedy) = ("System V shared memory is not carried yet", "use POSIX shared memory");
-            return Err(Refusal::mapping(process.pid, mapping.start, name, reason, remedy).into());
-        }
         let link = format!("map_files/{:x}-{:x}", mapping.start, mapping.end);
         let file = process.proc.open_file(&link, OFlags::RDONLY)?;
         self.of_descriptor(process.pid, file, path)
@@ -167,8 +242,13 @@ fn store_content(
 }
 
 impl SharedObject {
-    /// Makes the object again, with its content; a deleted file below `root`.
-    pub fn rebuild(&self, checkpoint: &Checkpoint, root: BorrowedFd) -> Result<OwnedFd, RestoreError> {
+    /// Makes the object again, with its content; a deleted file below `root`, a segment in the namespace `ipc`.
+    pub fn rebuild(
+        &self,
+        checkpoint: &Checkpoint,
+        root: BorrowedFd,
+        ipc: BorrowedFd,
+    ) -> Result<OwnedFd, RestoreError> {
         if self.size > SIZE_MAX {
             return Err(RestoreError::inconsistent(format!("a shared-memory object of {} bytes", self.size)));
         }
@@ -189,6 +269,10 @@ impl SharedObject {
                 let permissions = Mode::from_raw_mode(mode & 0o7777);
                 rustix::fs::fchmod(&file, permissions).map_err(fail("fchmod"))?;
                 file
+            }
+            SharedKind::SystemV { id, key, mode, uid, gid, .. } => {
+                let permissions = Permissions { key: *key, id: *id, mode: *mode, uid: *uid, gid: *gid };
+                namespace::inside(ipc, Kind::Ipc, || make_segment(permissions, self.size))?
             }
         };
         let mut buffer = Vec::new();
@@ -212,6 +296,43 @@ impl SharedObject {
         }
         Ok(file)
     }
+}
+
+/// Makes a segment in the IPC namespace of the calling thread. One that nobody has attached, with the same ID, key and
+/// size, is what a tree in the host's namespaces left behind when it ended: its content is overwritten.
+fn make_segment(permissions: Permissions, size: u64) -> Result<OwnedFd, RestoreError> {
+    let id = permissions.id;
+    let left = sysv::segments()?.into_iter().find(|segment| segment.permissions.id == id);
+    match left {
+        Some(left) if (left.permissions.key, left.size, left.attached) == (permissions.key, size, 0) => {
+            let file = sysv::open_segment(id, size, true)?;
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(&file, flags, 0, size)
+                .map_err(RestoreError::rebuild(format!("System V segment {id}"), "fallocate"))?;
+            Ok(file)
+        }
+        Some(_) => Err(RestoreError::Unsupported {
+            what: format!("System V segment {id}"),
+            why: "another one has its ID here; remove it (ipcrm -m), or end the processes that use it".into(),
+        }),
+        None => {
+            sysv::make_segment(permissions, size)?;
+            Ok(sysv::open_segment(id, size, true)?)
+        }
+    }
+}
+
+/// Marks the segments that end with their last attachment, now that they are attached.
+pub(crate) fn remove_segments(objects: &[SharedObject], ipc: BorrowedFd) -> Result<(), RestoreError> {
+    let removed = objects.iter().filter_map(|object| match object.kind {
+        SharedKind::SystemV { id, removed: true, .. } => Some(id),
+        _ => None,
+    });
+    let removed: Vec<i32> = removed.collect();
+    if removed.is_empty() {
+        return Ok(());
+    }
+    Ok(namespace::inside(ipc, Kind::Ipc, || removed.into_iter().try_for_each(sysv::remove_segment))?)
 }
 
 /// A new file without a name, where the deleted one was; in memory, if its directory is gone too or takes none.

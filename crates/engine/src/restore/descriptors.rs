@@ -46,8 +46,9 @@ pub(crate) fn rebuild_all(
     externals: &HashMap<String, PathBuf>,
     pids: &HashMap<i32, i32>,
     terminals: &[Rebuilt],
+    ipc: BorrowedFd,
 ) -> Result<Objects, RestoreError> {
-    let shared = rebuild_shared(tree, checkpoint, root.as_fd())?;
+    let shared = rebuild_shared(tree, checkpoint, root.as_fd(), ipc)?;
     let own_root = root.try_clone().map_err(|source| RestoreError::Rebuild {
         object: "the root directory".into(),
         step: "dup",
@@ -109,12 +110,13 @@ fn rebuild_shared(
     tree: &Tree,
     checkpoint: &Checkpoint,
     root: BorrowedFd,
+    ipc: BorrowedFd,
 ) -> Result<Vec<OwnedFd>, RestoreError> {
     let executables: HashSet<usize> =
         tree.living().filter_map(|(_, body)| body.state.address_space.deleted_executable).collect();
     let mut shared = Vec::with_capacity(tree.shared_objects.len());
     for (index, object) in tree.shared_objects.iter().enumerate() {
-        let writable = object.rebuild(checkpoint, root)?;
+        let writable = object.rebuild(checkpoint, root, ipc)?;
         shared.push(if executables.contains(&index) {
             let itself = format!("/proc/self/fd/{}", writable.as_raw_fd());
             rustix::fs::open(itself, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
@@ -145,7 +147,7 @@ impl Objects {
     /// The descriptor to map for a mapping, if it needs one; files are opened once.
     pub(crate) fn for_mapping(&mut self, backing: &Backing) -> Result<Option<BorrowedFd<'_>>, RestoreError> {
         match backing {
-            Backing::Anonymous | Backing::Vdso(_) => Ok(None),
+            Backing::Anonymous | Backing::SystemV(_) | Backing::Vdso(_) => Ok(None),
             Backing::SharedMemory(object, _) | Backing::PrivateView(object, _) => {
                 Ok(self.shared.get(*object).map(AsFd::as_fd))
             }

@@ -47,7 +47,7 @@ pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
     let mut terminal = Terminal { master, shell, ticks, round: 0 };
     terminal.command("kept=whole")?;
     terminal.command(&format!("T={}", terminal.ticks.display()))?;
-    terminal.command("while :; do echo tick; sleep 0.05; done | cat > $T &")?;
+    terminal.command("while :; do echo tick; sleep 0.05; done | cat >> $T &")?;
     terminal.send("cat | cat\n")?;
     terminal.meet("once\n", "once", 2)?;
     terminal.suspend()?;

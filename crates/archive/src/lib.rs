@@ -1,4 +1,5 @@
-//! A container's writable layer as a stream, to travel with its checkpoint.
+//! A directory with everything in it as a stream, to travel with a checkpoint: a container's writable layer, and the
+//! content of its memory filesystems.
 //!
 //! The stream is a tar archive (pax, with GNU records for long names and sparse files). What plain tar cannot
 //! say is in pax records of our own; names and values that may hold any byte are hexadecimal digits:
