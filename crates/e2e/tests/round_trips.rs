@@ -35,6 +35,7 @@ round_trips! {
     memory_advice: "memory-advice";
     memory_file: "memory-file";
     memory_shared: "memory-shared";
+    memory_system_v: "memory-shared" "system-v";
     misc: "misc";
     registers: "registers";
     seccomp: "seccomp";

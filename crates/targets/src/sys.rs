@@ -50,6 +50,23 @@ impl Region {
         Ok(Self { address: address as usize, length })
     }
 
+    /// A new System V segment, attached, that ends with its last attachment.
+    pub fn segment(length: usize) -> Result<Self> {
+        let failed = |what: &'static str| Err(io::Error::last_os_error()).context(what);
+        // SAFETY: takes numbers only.
+        let id = unsafe { libc::shmget(libc::IPC_PRIVATE, length, 0o600) };
+        if id < 0 {
+            return failed("shmget");
+        }
+        // SAFETY: the kernel chooses an address at which nothing is mapped.
+        let address = unsafe { libc::shmat(id, ptr::null(), 0) };
+        // SAFETY: takes no structure.
+        if unsafe { libc::shmctl(id, libc::IPC_RMID, ptr::null_mut()) } < 0 || address.addr() == usize::MAX {
+            return failed("shmat");
+        }
+        Ok(Self { address: address.addr(), length })
+    }
+
     /// Private anonymous memory that can be read and written, between two pages that cannot, so that the kernel
     /// merges it with no neighbour. `length` is a multiple of the page size.
     pub fn anonymous(length: usize) -> Result<Self> {

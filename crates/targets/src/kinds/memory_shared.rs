@@ -1,4 +1,5 @@
-//! Memory that processes share: anonymous shared memory of a parent and its children, and pages that a fork left
+//! Memory that processes share: anonymous shared memory (with the option `system-v`, a System V segment) of a parent
+//! and its children, and pages that a fork left
 //! shared until they are written.
 
 use anyhow::{Context, Result, ensure};
@@ -11,7 +12,11 @@ const PAGE: usize = 4096;
 const FORKED: usize = 512 * PAGE;
 
 pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
-    let mut shared = Region::map(64 * PAGE, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, None)?;
+    let mut shared = if setting.options.iter().any(|option| option == "system-v") {
+        Region::segment(64 * PAGE)?
+    } else {
+        Region::map(64 * PAGE, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, None)?
+    };
     sys::fill(shared.bytes_mut(), 1);
     let mut forked = Region::anonymous(FORKED)?;
     sys::fill(forked.bytes_mut(), 2);

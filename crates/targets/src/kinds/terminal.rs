@@ -104,8 +104,11 @@ impl Terminal {
         ensure!(jobs.contains("Running") && jobs.contains("Stopped"), "the shell's jobs are {jobs:?}");
 
         let ticks = fs::metadata(&self.ticks)?.len();
-        std::thread::sleep(Duration::from_millis(300));
-        ensure!(fs::metadata(&self.ticks)?.len() > ticks, "the pipeline in the background stands still");
+        let deadline = Instant::now() + PATIENCE;
+        while fs::metadata(&self.ticks)?.len() == ticks {
+            ensure!(Instant::now() < deadline, "the pipeline in the background stands still");
+            std::thread::sleep(Duration::from_millis(20));
+        }
 
         // The stopped pipeline goes on: what is typed is echoed, and comes again through both cats.
         self.send("fg %2\n")?;
