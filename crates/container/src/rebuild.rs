@@ -95,7 +95,8 @@ pub fn prepare(
         mac: state.mac,
     };
     let shell = report.phase("shell", |_| Shell::prepare(&config, &paths, &options))?;
-    let planned = planned.with(Options { root: None, place: Some(place(&shell)?), externals, detached: true });
+    let planned =
+        planned.with(Options { root: None, place: Some(place(&shell)?), externals, detached: true });
     let loaded = planned.build(report)?;
     let record = shell.record(Some(Init::of(loaded.root())?));
     Ok(Prepared { loaded, shell, reservation, record })

@@ -125,8 +125,15 @@ impl<'a> Planned<'a> {
             let _inside = network.map(|(_, namespace)| InNetns::enter(namespace)).transpose()?;
             let network = lock_connections(&self.tree)?;
             let ipc = limosa_kernel::namespace::of_process(nursery.puppets[0].pid(), Kind::Ipc)?;
-            let objects =
-                descriptors::rebuild_all(&self.tree, self.checkpoint, root, &self.options.externals, &pids, &terminals, ipc.as_fd())?;
+            let objects = descriptors::rebuild_all(
+                &self.tree,
+                self.checkpoint,
+                root,
+                &self.options.externals,
+                &pids,
+                &terminals,
+                ipc.as_fd(),
+            )?;
             Ok((objects, network))
         })?;
         network.starters = std::mem::take(&mut objects.starters);

@@ -56,7 +56,8 @@ fn table(name: &str) -> Result<Vec<Vec<i64>>> {
     fault::point();
     let path = format!("/proc/sysvipc/{name}");
     let text = fs::read_to_string(&path).map_err(|source| Error::new("read", &path, source))?;
-    let row = |line: &str| line.split_whitespace().map(|word| word.parse().ok()).collect::<Option<Vec<i64>>>();
+    let row =
+        |line: &str| line.split_whitespace().map(|word| word.parse().ok()).collect::<Option<Vec<i64>>>();
     text.lines()
         .skip(1)
         .map(|line| row(line).ok_or_else(|| Error::malformed("read", &path, format!("the line {line:?}"))))
@@ -130,7 +131,8 @@ fn copy_message(id: i32, number: i64) -> Result<Message> {
         // SAFETY: the buffer has room for the type and `room` bytes.
         let got = unsafe { libc::msgrcv(id, buffer.as_mut_ptr().cast(), room, number, flags) };
         if got >= 0 {
-            let text: Vec<u8> = buffer.iter().skip(1).flat_map(|word| word.to_ne_bytes()).take(got as usize).collect();
+            let text: Vec<u8> =
+                buffer.iter().skip(1).flat_map(|word| word.to_ne_bytes()).take(got as usize).collect();
             return Ok(Message { kind: buffer.first().map_or(0, |kind| *kind as i64), text });
         }
         let error = io::Error::last_os_error();

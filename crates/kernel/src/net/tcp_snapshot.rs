@@ -31,8 +31,8 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use super::sock_diag::Diag;
 use super::tcp_repair::{self, Info, Mode, Options, Queue, State, TCP, Window};
 use super::{raw, sockopt};
-use crate::guarded;
 use crate::Error;
+use crate::guarded;
 
 /// One connection as plain data: all that the kernel needs to continue it.
 #[derive(Debug, Clone, PartialEq, Eq)]
