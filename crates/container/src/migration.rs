@@ -12,7 +12,7 @@ use limosa_migrate::{
 
 use crate::capture::{ContainerCaptureError, ContainerState, Source};
 use crate::config::Name;
-use crate::rebuild::{self, Prepared, RebuildError, Restored};
+use crate::rebuild::{self, CheckedRoot, Prepared, RebuildError, Restored};
 use crate::registry::Registry;
 use crate::stop;
 
@@ -166,6 +166,7 @@ pub enum MigrateError {
 pub struct Arrivals<'a> {
     registry: &'a Registry,
     staging: Staging,
+    checked_root: Option<CheckedRoot>,
     /// What was built and when.
     pub report: Report,
     /// The container that was started, if one was.
@@ -175,11 +176,12 @@ pub struct Arrivals<'a> {
 impl<'a> Arrivals<'a> {
     /// A destination for one migration.
     pub fn new(registry: &'a Registry) -> Result<Self, WriteError> {
-        Ok(Self { registry, staging: Staging::new()?, report: Report::default(), restored: None })
+        let (staging, report) = (Staging::new()?, Report::default());
+        Ok(Self { registry, staging, checked_root: None, report, restored: None })
     }
 
     /// All reasons against taking the container.
-    fn objections(&self, state: &ContainerState) -> Vec<Refusal> {
+    fn objections(&mut self, state: &ContainerState) -> Vec<Refusal> {
         let refusal = |what: &str, why: String, remedy: Option<&str>| Refusal {
             what: what.into(),
             why,
@@ -191,8 +193,9 @@ impl<'a> Arrivals<'a> {
             let why = format!("there is a container {name} here already");
             objections.push(refusal("name", why, Some("remove or rename one of them")));
         }
-        if let Err(error) = rebuild::check_root(state) {
-            objections.push(refusal("read-only layer", chain(&error), None));
+        match rebuild::check_root(state) {
+            Ok(checked) => self.checked_root = Some(checked),
+            Err(error) => objections.push(refusal("read-only layer", chain(&error), None)),
         }
         if let Some(network) = &state.config.network
             && !crate::link::exists(&network.bridge)
@@ -238,7 +241,13 @@ impl Destination for Arrivals<'_> {
     fn prepare(&mut self, offer: &Offer) -> Result<Self::Prepared, ArrivalError> {
         let staging = std::mem::replace(&mut self.staging, Staging::new()?);
         let checkpoint: Checkpoint = staging.into_checkpoint(Meta::new("", Vec::new()))?;
-        let prepared = rebuild::prepare(self.registry, &checkpoint, None, &mut self.report)?;
+        let prepared = rebuild::prepare_on(
+            self.registry,
+            &checkpoint,
+            None,
+            self.checked_root.as_ref(),
+            &mut self.report,
+        )?;
         if prepared.name().as_str() != offer.container {
             return Err(ArrivalError::OtherName);
         }

@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io;
+use std::path::PathBuf;
 
 use limosa_engine::restore::{Loaded, Options, Place, Planned};
 use limosa_engine::{Report, RestoreError};
@@ -19,7 +20,7 @@ use crate::capture::{ContainerState, LAYER_BLOB, LOG_BLOB, SECTION};
 use crate::config::Name;
 use crate::layer::{self, LayerError};
 use crate::registry::{Init, Record, Registry, RegistryError, Reservation};
-use crate::rootfs::{self, IdentityError};
+use crate::rootfs::{self, Identity, IdentityError};
 use crate::run::{LOG_KEY, RunError, open_log};
 use crate::shell::{Shell, ShellError, ShellOptions};
 
@@ -52,13 +53,29 @@ pub fn container_state(checkpoint: &Checkpoint) -> Result<Option<ContainerState>
     if holds_container(checkpoint) { checkpoint.state(SECTION).map(Some) } else { Ok(None) }
 }
 
+/// A read-only layer here that was found to be the one that a container had. To find that takes a fraction of a
+/// second: a migration does it once, before anything is frozen.
+#[derive(Debug, PartialEq, Eq)]
+pub struct CheckedRoot {
+    path: PathBuf,
+    identity: Option<Identity>,
+}
+
 /// Checks that the read-only layer here is the one that the container had.
-pub fn check_root(state: &ContainerState) -> Result<(), RebuildError> {
-    let Some(wanted) = &state.config.rootfs_identity else { return Ok(()) };
-    let here = rootfs::identity(&state.config.rootfs)?;
-    match here.difference(wanted) {
-        None => Ok(()),
-        Some(difference) => Err(RebuildError::OtherRoot { path: state.config.rootfs.clone(), difference }),
+pub fn check_root(state: &ContainerState) -> Result<CheckedRoot, RebuildError> {
+    let checked =
+        CheckedRoot { path: state.config.rootfs.clone(), identity: state.config.rootfs_identity.clone() };
+    let Some(wanted) = &checked.identity else { return Ok(checked) };
+    match rootfs::identity(&checked.path)?.difference(wanted) {
+        None => Ok(checked),
+        Some(difference) => Err(RebuildError::OtherRoot { path: checked.path, difference }),
+    }
+}
+
+impl CheckedRoot {
+    /// Whether it is the one of this container.
+    fn is_of(&self, state: &ContainerState) -> bool {
+        self.path == state.config.rootfs && self.identity == state.config.rootfs_identity
     }
 }
 
@@ -69,12 +86,25 @@ pub fn prepare(
     name: Option<Name>,
     report: &mut Report,
 ) -> Result<Prepared, RebuildError> {
+    prepare_on(registry, checkpoint, name, None, report)
+}
+
+/// Likewise, on a read-only layer that has been `checked` already, if it is the right one.
+pub(crate) fn prepare_on(
+    registry: &Registry,
+    checkpoint: &Checkpoint,
+    name: Option<Name>,
+    checked: Option<&CheckedRoot>,
+    report: &mut Report,
+) -> Result<Prepared, RebuildError> {
     let mut state: ContainerState = checkpoint.state(SECTION)?;
     if let Some(name) = name {
         state.config.name = name;
     }
     let config = state.config.clone();
-    report.phase("root", |_| check_root(&state))?;
+    if !checked.is_some_and(|checked| checked.is_of(&state)) {
+        report.phase("root", |_| check_root(&state))?;
+    }
     let reservation = registry.reserve(&config.name)?;
     let paths = reservation.paths().clone();
     report.phase("filesystem", |_| -> Result<(), RebuildError> {
@@ -157,7 +187,7 @@ pub enum RebuildError {
     #[error("cannot write the container's log {}", path.display())]
     Log {
         /// The file.
-        path: std::path::PathBuf,
+        path: PathBuf,
         /// Why.
         #[source]
         source: io::Error,
@@ -172,7 +202,7 @@ pub enum RebuildError {
     )]
     OtherRoot {
         /// Its path.
-        path: std::path::PathBuf,
+        path: PathBuf,
         /// What differs.
         difference: &'static str,
     },

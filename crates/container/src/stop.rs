@@ -26,9 +26,18 @@ pub fn stop(registry: &Registry, name: &Name, timeout: Duration) -> Result<(), S
 }
 
 /// Removes the container `name` with its writable layer and log. It must not run, unless `force` is given:
-/// then it is killed first, and a damaged record is no obstacle.
+/// then it is killed first, and a damaged record is no obstacle. One that a killed Limosa never finished is swept.
 pub fn remove(registry: &Registry, name: &Name, force: bool) -> Result<(), StopError> {
     match registry.load(name) {
+        Err(RegistryError::Unknown { .. }) if registry.paths(name).directory().exists() => {
+            registry.sweep()?;
+            // What is still there is being made just now, by somebody else.
+            return match registry.load(name) {
+                Err(RegistryError::Unknown { .. }) if !registry.paths(name).directory().exists() => Ok(()),
+                Err(error) => Err(error.into()),
+                Ok(_) => remove(registry, name, force),
+            };
+        }
         Ok(record) => {
             if force {
                 end(&record, Duration::ZERO)?;
