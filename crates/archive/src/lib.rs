@@ -57,7 +57,7 @@ fn from_hex(text: &[u8]) -> Option<Vec<u8>> {
 #[derive(Debug, thiserror::Error)]
 pub enum LayerError {
     /// A file of the layer could not be read or made.
-    #[error("cannot {operation} {} of the writable layer", path.display())]
+    #[error("cannot {operation} {} of the archived directory", path.display())]
     File {
         /// What was being done.
         operation: &'static str,
@@ -68,7 +68,7 @@ pub enum LayerError {
         source: io::Error,
     },
     /// The stream could not be read or written.
-    #[error("cannot {operation} the archive of the writable layer")]
+    #[error("cannot {operation} the archive")]
     Stream {
         /// What was being done.
         operation: &'static str,
@@ -77,7 +77,7 @@ pub enum LayerError {
         source: io::Error,
     },
     /// The archive holds something that no layer holds.
-    #[error("the archive of the writable layer is damaged or forged at {}: {why}", path.display())]
+    #[error("the archive is damaged or forged at {}: {why}", path.display())]
     Malformed {
         /// The entry.
         path: PathBuf,
@@ -85,7 +85,7 @@ pub enum LayerError {
         why: &'static str,
     },
     /// The archive ends before its last entry.
-    #[error("the archive of the writable layer is cut off")]
+    #[error("the archive is cut off")]
     Truncated,
 }
 

@@ -222,3 +222,47 @@ fn machine_a_killed_run_leaves_a_whole_container_or_none() {
     eprintln!("killed before it ran: {}, after: {}", seen[0], seen[1]);
     assert!(seen[0] > 0, "no kill came in time");
 }
+
+/// What a container has in memory filesystems, what it mounted, and its System V objects, as it sees them.
+const DESCRIBE: &str = "cd /; find dev/shm mnt/memory -printf '%p %M %U %G %s %T@ %l\\n' | sort; \
+    cat /dev/shm/dir/file /mnt/memory/a /mnt/memory/below/b; \
+    sed 's/^[0-9]* [0-9]* [0-9:]*//; s/ - overlay .*//' /proc/self/mountinfo | grep -v ' / / '; \
+    awk '{print $1, $2, $3, $4}' /proc/sysvipc/shm /proc/sysvipc/sem; \
+    awk '{print $1, $2, $3, $4, $5}' /proc/sysvipc/msg";
+
+#[test]
+fn mounts_and_system_v_objects_come_back() {
+    let Some(host) = Host::new() else { return };
+    host.says(&["run", "state", "--detach", "--", "sleep", "1000"]);
+    let furnish = "set -e; mkdir /dev/shm/dir; echo shared > /dev/shm/dir/file; ln -s file /dev/shm/dir/link; \
+        chmod 640 /dev/shm/dir/file; chown 7:8 /dev/shm/dir/file; truncate -s 100000 /dev/shm/sparse; \
+        mkdir -p /mnt/memory /mnt/view; mount -t tmpfs -o size=1m,mode=750,nosuid memory /mnt/memory; \
+        echo inside > /mnt/memory/a; mkdir /mnt/memory/below; mount -t tmpfs below /mnt/memory/below; \
+        echo deeper > /mnt/memory/below/b; mount -o remount,bind,ro,nosuid /mnt/memory; \
+        mount --bind /etc /mnt/view; ipcmk -M 10000; ipcmk -S 3; ipcmk -Q";
+    host.says(&["exec", "state", "--", "sh", "-c", furnish]);
+    let describe = || host.says(&["exec", "state", "--", "sh", "-c", DESCRIBE]);
+    let before = describe();
+    assert!(before.contains("shared\ninside\ndeeper\n") && before.contains("/etc /mnt/view"), "{before}");
+
+    let out = host.state.path().join("checkpoint").to_string_lossy().into_owned();
+    host.says(&["checkpoint", "state", "--out", &out]);
+    for _ in 0..2 {
+        host.says(&["restore", &out, "--detach"]);
+        assert_eq!(describe(), before);
+        host.says(&["stop", "--timeout", "0", "state"]);
+        host.says(&["rm", "state"]);
+    }
+}
+
+#[test]
+fn a_posix_message_queue_is_refused() {
+    let Some(host) = Host::new() else { return };
+    host.says(&["run", "queue", "--detach", "--", "sleep", "1000"]);
+    host.says(&["exec", "queue", "--", "touch", "/dev/mqueue/jobs"]);
+    let out = host.state.path().join("checkpoint").to_string_lossy().into_owned();
+    let refused = host.limosa(&["checkpoint", "queue", "--out", &out]);
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("message queue /jobs"), "{refused:?}");
+    assert_eq!(host.list()[0]["state"].as_str(), Some("running"));
+}

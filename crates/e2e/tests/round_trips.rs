@@ -3,9 +3,16 @@
 //! A kind is in one of three lists: it makes the round trip; it is refused, with a reason, and goes on; or it is known to
 //! come back with something missing (ignored, with what is missing). When a room is built or mended, its kind moves.
 
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::ensure;
+use limosa_e2e::limosa::{self, Source};
 use limosa_e2e::programs::Python;
 use limosa_e2e::round_trip::{refused, round_trip, round_trip_of};
 use limosa_e2e::sandbox::sandboxed;
+use limosa_e2e::wait_for;
+use rustix::process::Pid;
 
 macro_rules! round_trips {
     ($($(#[$attribute:meta])* $name:ident: $kind:literal $($option:literal)*;)*) => {$(
@@ -59,4 +66,29 @@ refusals! {
 #[test]
 fn python() {
     sandboxed(|sandbox| round_trip_of(sandbox, &Python::start(sandbox)?.into_target()));
+}
+
+/// The program that shows the terminal, `script`, is not in the tree.
+#[test]
+fn a_terminal_shown_by_others_is_refused() {
+    sandboxed(|sandbox| {
+        let mut script = Command::new("script")
+            .args(["-qc", "exec sleep 1000", "/dev/null"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()?;
+        let children = format!("/proc/{0}/task/{0}/children", script.id());
+        let shown = wait_for("a program on a terminal", Duration::from_secs(5), || {
+            let children = std::fs::read_to_string(&children)?;
+            let child = children.split_whitespace().next().and_then(|pid| pid.parse().ok());
+            let command = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            Ok(child.filter(|pid| command(*pid) == "sleep\n").and_then(Pid::from_raw))
+        })?;
+        let said = limosa::checkpoint(sandbox, shown, &sandbox.path("out"), Source::Ends, &[])?;
+        script.kill()?;
+        script.wait()?;
+        sandbox.end_all()?;
+        ensure!(said.status == Some(1) && said.err.contains("whoever shows this terminal"), "{said:?}");
+        Ok(())
+    });
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use limosa_archive::LayerError;
 use limosa_image::{OpenError, ReadError, WriteError};
 use limosa_puppet::{ArenaError, ProgramError, ResidentError, VisitError};
 use serde::Serialize;
@@ -96,6 +97,15 @@ pub enum CaptureError {
     /// The checkpoint could not be written.
     #[error(transparent)]
     Write(#[from] WriteError),
+    /// The content of a memory filesystem could not be read.
+    #[error("storing what is in {path}")]
+    Archive {
+        /// Where it is mounted.
+        path: String,
+        /// Which file, and why.
+        #[source]
+        source: LayerError,
+    },
     /// Something cannot be carried.
     #[error(transparent)]
     Refused(#[from] Box<Refusal>),
@@ -170,6 +180,15 @@ pub enum RestoreError {
         /// The kernel's answer.
         #[source]
         source: std::io::Error,
+    },
+    /// The content of a memory filesystem could not be put back.
+    #[error("filling {path}")]
+    Archive {
+        /// Where it is mounted.
+        path: String,
+        /// Which file, and why.
+        #[source]
+        source: LayerError,
     },
     /// A process ID that the tree needs is taken.
     #[error("process ID {pid} is taken here; end that process, or restore into a PID namespace of its own")]

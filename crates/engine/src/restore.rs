@@ -114,7 +114,7 @@ impl<'a> Planned<'a> {
         report.mappings = self.tree.living().map(|(_, body)| body.mappings.len()).sum();
         let (mut objects, mut network) = report.phase("objects", |_| -> Result<_, RestoreError> {
             if place.is_some() {
-                self.tree.namespaces.rebuild(&mut nursery)?;
+                self.tree.namespaces.rebuild(&mut nursery, self.checkpoint)?;
             }
             let root = self.open_root(&nursery)?;
             let pids =

@@ -5,8 +5,13 @@
 
 pub mod clocks;
 pub mod host_name;
+pub mod ipc;
 pub mod mounts;
 
+use std::os::fd::AsFd;
+
+use limosa_image::{Checkpoint, Sink};
+use limosa_kernel::namespace::{self, Kind};
 use limosa_kernel::proc::{NsKind, ProcDir};
 use limosa_puppet::Program;
 use serde::{Deserialize, Serialize};
@@ -35,11 +40,15 @@ pub struct NamespaceState {
     pub clocks: Option<clocks::Clocks>,
     /// Mounts.
     pub mounts: Option<mounts::Mounts>,
+    /// System V semaphores and message queues.
+    #[serde(default)]
+    pub ipc: Option<ipc::Ipc>,
 }
 
 impl NamespaceState {
-    /// What namespaces the tree with this root has of its own. `supported` says that they can be prepared again.
-    pub fn capture(root: &ProcessView, supported: bool) -> Result<Self, CaptureError> {
+    /// What namespaces the tree with this root has of its own. `supported` says that they can be prepared again. The
+    /// content of memory filesystems goes into `sink`.
+    pub fn capture(root: &ProcessView, supported: bool, sink: &mut dyn Sink) -> Result<Self, CaptureError> {
         let host = ProcDir::open(std::process::id() as i32)?;
         let mut own = Vec::new();
         for kind in NsKind::ALL {
@@ -56,16 +65,19 @@ impl NamespaceState {
             let remedy = "only containers made by `limosa run` can have them yet";
             return Err(Refusal::process(root.pid, reason, remedy).into());
         }
+        let ipc =
+            if own.iter().any(|kind| kind == "ipc") { Some(ipc::Ipc::capture(root.pid)?) } else { None };
         Ok(Self {
             own,
             host_name: Some(Namespace::capture(root)?),
             clocks: Some(Namespace::capture(root)?),
-            mounts: Some(Namespace::capture(root)?),
+            mounts: Some(mounts::Mounts::capture(root, sink)?),
+            ipc,
         })
     }
 
-    /// Has the root puppet put everything back.
-    pub(crate) fn rebuild(&self, nursery: &mut Nursery) -> Result<(), RestoreError> {
+    /// Puts everything back, most of it by the root puppet.
+    pub(crate) fn rebuild(&self, nursery: &mut Nursery, checkpoint: &Checkpoint) -> Result<(), RestoreError> {
         let root = ProcDir::open(nursery.puppets[0].pid())?;
         let mut program = Program::new();
         if let Some(host_name) = &self.host_name {
@@ -74,11 +86,15 @@ impl NamespaceState {
         if let Some(clocks) = &self.clocks {
             clocks.rebuild(&root, &mut program)?;
         }
-        if let Some(mounts) = &self.mounts {
-            mounts.rebuild(&root, &mut program)?;
-        }
         let (puppet, arena) = nursery.puppet(0);
         puppet.run(arena, program)?;
+        if let Some(mounts) = &self.mounts {
+            mounts.rebuild(nursery, checkpoint)?;
+        }
+        if let Some(ipc) = &self.ipc {
+            let namespace = namespace::of_process(nursery.puppets[0].pid(), Kind::Ipc)?;
+            ipc.rebuild(namespace.as_fd())?;
+        }
         Ok(())
     }
 }
