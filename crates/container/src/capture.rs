@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 
 use limosa_engine::checkpoint::{self, Captured};
-use limosa_engine::{CaptureError, Report};
+use limosa_engine::{CaptureError, Refusal, Refusals, Report, preflight};
 use limosa_image::{Sink, WriteError};
 use serde::{Deserialize, Serialize};
 
@@ -74,6 +74,26 @@ impl Source {
         self.pid
     }
 
+    /// Everything in it that a checkpoint would refuse, found without freezing it.
+    pub fn preflight(&self, registry: &Registry) -> Result<Vec<Refusal>, ContainerCaptureError> {
+        Ok(preflight::look(self.pid, &self.options(registry)?)?)
+    }
+
+    /// Fails with everything that [`Self::preflight`] finds.
+    pub fn refuse_early(&self, registry: &Registry) -> Result<(), ContainerCaptureError> {
+        Ok(Refusals::check(self.preflight(registry)?)?)
+    }
+
+    fn options(&self, registry: &Registry) -> Result<checkpoint::Options, ContainerCaptureError> {
+        let path = registry.paths(&self.record.config.name).log();
+        let log = match std::fs::metadata(&path) {
+            Ok(log) => log,
+            Err(source) => return Err(ContainerCaptureError::Log { path, source }),
+        };
+        let externals = HashMap::from([((log.dev(), log.ino()), LOG_KEY.to_owned())]);
+        Ok(checkpoint::Options { container: true, externals, ..checkpoint::Options::default() })
+    }
+
     /// Freezes it and puts everything about it into `sink`. Dropping the result lets it run on.
     pub fn capture(
         self,
@@ -82,10 +102,7 @@ impl Source {
         report: &mut Report,
     ) -> Result<CapturedContainer, ContainerCaptureError> {
         let paths = registry.paths(&self.record.config.name);
-        let log = std::fs::metadata(paths.log())
-            .map_err(|source| ContainerCaptureError::Log { path: paths.log(), source })?;
-        let externals = HashMap::from([((log.dev(), log.ino()), LOG_KEY.to_owned())]);
-        let options = checkpoint::Options { container: true, externals };
+        let options = self.options(registry)?;
         limosa_image::put(sink, SECTION, &self.state)?;
         let captured = checkpoint::capture(self.pid, sink, &options, report)?;
         report.phase("filesystem", |_| store_layer(&paths.upper(), sink))?;
@@ -158,6 +175,9 @@ pub enum ContainerCaptureError {
     /// It is not there, or its record cannot be read.
     #[error(transparent)]
     Registry(#[from] RegistryError),
+    /// Things in it that cannot be carried, found before it was frozen.
+    #[error(transparent)]
+    Refused(#[from] Refusals),
     /// It does not run.
     #[error("container {name} does not run: there is nothing to checkpoint")]
     NotRunning {

@@ -38,6 +38,7 @@ pub fn migrate<C: Connect>(
 ) -> Result<Migrated, MigrateError> {
     let limits = Limits::default();
     let source = Source::find(registry, name)?;
+    report.phase("pre-flight", |_| source.refuse_early(registry))?;
     let id = MigrationId::random().map_err(MigrateError::Id)?;
     let mut offer = Offer::new(id, name.as_str());
     offer.memory_bytes = resident_bytes(source.pid());

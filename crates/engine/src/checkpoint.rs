@@ -112,7 +112,7 @@ impl Captured {
 }
 
 /// What processes or threads may share beyond what fork(2) and pthread_create(3) make them share.
-const SHARING: [(Comparison, &str); 3] = [
+pub(crate) const SHARING: [(Comparison, &str); 3] = [
     (Comparison::Vm, "address space"),
     (Comparison::Files, "descriptor table"),
     (Comparison::Fs, "working directory and umask"),

@@ -65,6 +65,29 @@ impl Refusal {
     }
 }
 
+/// Everything that the pre-flight found; nothing was frozen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Refusals(pub Vec<Refusal>);
+
+impl Refusals {
+    /// An error if there is any.
+    pub fn check(refusals: Vec<Refusal>) -> Result<(), Self> {
+        if refusals.is_empty() { Ok(()) } else { Err(Self(refusals)) }
+    }
+}
+
+impl fmt::Display for Refusals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let [only] = self.0.as_slice() {
+            return only.fmt(f);
+        }
+        write!(f, "{} things cannot be carried:", self.0.len())?;
+        self.0.iter().try_for_each(|refusal| write!(f, "\n  {refusal}"))
+    }
+}
+
+impl std::error::Error for Refusals {}
+
 /// Why a checkpoint failed. The processes go on in every case.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {

@@ -3,12 +3,14 @@
 //! [`checkpoint`] and [`restore`] tell the story in one page each; `resources` has one room for each kind of
 //! kernel object: what it is in a checkpoint, how it is captured, how it is rebuilt.
 
+pub mod check;
 pub mod checkpoint;
 mod error;
 mod freeze;
 pub mod memory;
 pub mod network;
 mod plan;
+pub mod preflight;
 mod report;
 pub mod resources;
 pub mod restore;
@@ -16,7 +18,7 @@ pub mod state;
 pub mod summary;
 mod view;
 
-pub use error::{CaptureError, Refusal, RestoreError, Subject};
+pub use error::{CaptureError, Refusal, Refusals, RestoreError, Subject};
 pub use freeze::Frozen;
 pub use report::{Phase, Report, Times, TraceEvent};
 pub use view::{DescriptionView, ProcessView, ThreadView};

@@ -14,6 +14,7 @@ pub mod mount;
 pub mod namespace;
 pub mod net;
 pub mod pagemap;
+pub mod probe;
 pub mod proc;
 pub mod ptrace;
 pub mod signals;

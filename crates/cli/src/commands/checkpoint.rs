@@ -7,7 +7,7 @@ use std::str::FromStr;
 use clap::Args;
 use limosa_container::{CapturedContainer, Name, Source};
 use limosa_engine::checkpoint::Captured;
-use limosa_engine::{Report, Times, checkpoint};
+use limosa_engine::{Refusals, Report, Times, checkpoint, preflight};
 use limosa_image::{CheckpointWriter, Committed, Meta};
 use serde::Serialize;
 
@@ -76,10 +76,9 @@ impl Checkpoint {
     pub fn execute(self, context: &Context) -> Outcome {
         self.trace.prepare()?;
         let mut report = Report::default();
-        let writer = CheckpointWriter::create(&self.out)?;
         let (committed, ran_on_us) = match &self.target {
-            Target::Pid(pid) => self.process_tree(*pid, writer, &mut report)?,
-            Target::Name(name) => self.container(context, name, writer, &mut report)?,
+            Target::Pid(pid) => self.process_tree(*pid, &mut report)?,
+            Target::Name(name) => self.container(context, name, &mut report)?,
         };
         self.trace.write(&report);
         let frozen_at = report.start_us("freeze");
@@ -109,13 +108,11 @@ impl Checkpoint {
         Ok(ExitCode::SUCCESS)
     }
 
-    fn process_tree(
-        &self,
-        root: i32,
-        mut writer: CheckpointWriter,
-        report: &mut Report,
-    ) -> anyhow::Result<(Committed, u64)> {
-        let captured = checkpoint::capture(root, &mut writer, &checkpoint::Options::default(), report)?;
+    fn process_tree(&self, root: i32, report: &mut Report) -> anyhow::Result<(Committed, u64)> {
+        let options = checkpoint::Options::default();
+        Refusals::check(report.phase("pre-flight", |_| preflight::look(root, &options))?)?;
+        let mut writer = CheckpointWriter::create(&self.out)?;
+        let captured = checkpoint::capture(root, &mut writer, &options, report)?;
         self.conclude(writer, captured, report, Captured::release, Captured::end)
     }
 
@@ -123,11 +120,12 @@ impl Checkpoint {
         &self,
         context: &Context,
         name: &Name,
-        mut writer: CheckpointWriter,
         report: &mut Report,
     ) -> anyhow::Result<(Committed, u64)> {
         let registry = context.registry();
         let source = Source::find(&registry, name)?;
+        report.phase("pre-flight", |_| source.refuse_early(&registry))?;
+        let mut writer = CheckpointWriter::create(&self.out)?;
         let captured = source.capture(&registry, &mut writer, report)?;
         self.conclude(writer, captured, report, CapturedContainer::release, |captured| {
             captured.end(&registry)

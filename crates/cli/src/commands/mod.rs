@@ -1,5 +1,6 @@
 //! The subcommands, one file for each family. A new one is a file, a line in `mod`, a variant and an arm.
 
+mod check;
 mod checkpoint;
 mod containers;
 mod exec;
@@ -24,6 +25,7 @@ pub enum Command {
     Settle(migrate::Settle),
     Inspect(inspect::Inspect),
     Verify(inspect::Verify),
+    Check(check::Check),
     Run(run::Run),
     Exec(exec::Exec),
     Logs(logs::Logs),
@@ -45,6 +47,7 @@ impl Command {
             Self::Settle(command) => command.execute(context),
             Self::Inspect(command) => command.execute(context),
             Self::Verify(command) => command.execute(context),
+            Self::Check(command) => command.execute(context),
             Self::Run(command) => command.execute(context),
             Self::Exec(command) => command.execute(context),
             Self::Logs(command) => command.execute(context),

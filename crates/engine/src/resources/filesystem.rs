@@ -18,6 +18,18 @@ pub struct Filesystem {
     pub umask: u32,
 }
 
+/// The working directory and root of a process, which must exist.
+pub(crate) fn refuse_deleted(process: &ProcessView) -> Result<(Vec<u8>, Vec<u8>), CaptureError> {
+    let (working_directory, root) = (process.proc.cwd()?, process.proc.root()?);
+    for (path, name) in [(&working_directory, "working"), (&root, "root")] {
+        if path.ends_with(b" (deleted)") {
+            let reason = format!("its {name} directory has been deleted");
+            return Err(Refusal::process(process.pid, reason, "make it change its directory").into());
+        }
+    }
+    Ok((working_directory, root))
+}
+
 impl ProcessAttribute for Filesystem {
     type Asked = ();
 
@@ -26,13 +38,7 @@ impl ProcessAttribute for Filesystem {
     }
 
     fn capture(process: &ProcessView, (): &(), _: &Outcome) -> Result<Self, CaptureError> {
-        let (working_directory, root) = (process.proc.cwd()?, process.proc.root()?);
-        for (path, name) in [(&working_directory, "working"), (&root, "root")] {
-            if path.ends_with(b" (deleted)") {
-                let reason = format!("its {name} directory has been deleted");
-                return Err(Refusal::process(process.pid, reason, "make it change its directory").into());
-            }
-        }
+        let (working_directory, root) = refuse_deleted(process)?;
         Ok(Self {
             working_directory: working_directory.into(),
             root: root.into(),

@@ -111,6 +111,20 @@ impl MappingState {
         matches!(self.backing, Backing::Anonymous)
     }
 
+    /// All mappings of a process that cannot be carried.
+    pub(crate) fn refusals(process: &ProcessView, shared: &mut SharedObjects) -> Vec<Refusal> {
+        use MappingName::{Vdso, Vsyscall, Vvar, VvarVclock};
+        let ordinary = |mapping: &&Mapping| !matches!(mapping.name, Vdso | Vsyscall | Vvar | VvarVclock);
+        let captured =
+            process.mappings.iter().filter(ordinary).map(|one| Self::capture(process, one, shared));
+        captured
+            .filter_map(|outcome| match outcome {
+                Err(CaptureError::Refused(refusal)) => Some(*refusal),
+                _ => None,
+            })
+            .collect()
+    }
+
     /// Captures all mappings of a process.
     pub fn capture_all(process: &ProcessView, shared: &mut SharedObjects) -> Result<Vec<Self>, CaptureError> {
         let mut states: Vec<Self> = Vec::with_capacity(process.mappings.len());

@@ -163,6 +163,14 @@ macro_rules! descriptor_kinds {
                 Err(view.refuse("Limosa does not know this kind of file", "close it before the checkpoint").into())
             }
 
+            /// The name of the first room that recognises the description.
+            pub(crate) fn room_of(view: &DescriptionView) -> Option<&'static str> {
+                $(if <$type as DescriptorKind>::recognise(view) {
+                    return Some(stringify!($room));
+                })*
+                None
+            }
+
             /// Rebuilds it by its room.
             pub fn rebuild(&self, flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
                 match self {

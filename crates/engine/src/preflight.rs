@@ -1,0 +1,241 @@
+//! The pre-flight: everything in a running tree that a checkpoint would refuse, found without stopping it.
+//!
+//! What it sees may have changed a moment later, so it errs towards silence: only what stays the same while it is
+//! looked at twice is reported, and a process or descriptor that is gone meanwhile is none of its business. The
+//! checkpoint itself looks again, with the tree frozen.
+//!
+//! Rooms whose capture does nothing but look ([`LOOKING`]) are asked for their refusals; of the others, whose
+//! capture reads queues or stops packets, only whether they recognise the descriptor.
+
+use std::cell::OnceCell;
+use std::collections::{HashMap, HashSet};
+use std::io::Read;
+use std::time::Duration;
+
+use limosa_image::{Sink, SpaceId, WriteError};
+use limosa_kernel::proc::{ProcDir, TaskState};
+use limosa_kernel::task::{self, Comparison};
+
+use crate::checkpoint::{Options, SHARING};
+use crate::error::{CaptureError, Refusal};
+use crate::memory::SpaceAllocator;
+use crate::network::Network;
+use crate::resources::mapping::MappingState;
+use crate::resources::shared_memory::SharedObjects;
+use crate::resources::{CaptureContext, DescriptorState, NamespaceState, filesystem};
+use crate::view::{DescriptionView, ProcessView};
+
+/// Rooms whose capture leaves no trace and needs nothing to stand still.
+const LOOKING: [&str; 7] = ["eventfd", "timerfd", "signalfd", "inotify", "memfd", "other_socket", "file"];
+/// How long two processes must share something before it is not taken for a child on its way to execve(2).
+const MOMENT: Duration = Duration::from_millis(20);
+
+/// A process of the tree.
+struct Member {
+    pid: i32,
+    parent: i32,
+    proc: ProcDir,
+}
+
+/// Looks at the tree rooted at `root`, which goes on running, and lists what a checkpoint with `options` refuses.
+///
+/// Errors: only what keeps it from looking at all, such as a root that does not exist.
+pub fn look(root: i32, options: &Options) -> Result<Vec<Refusal>, CaptureError> {
+    let members = members(root)?;
+    let mut refusals = sharing(&members);
+    let mut shared = SharedObjects::default();
+    let mut views = Vec::with_capacity(members.len());
+    for member in &members {
+        match view(member) {
+            Ok(view) => views.push(view),
+            Err(error) if member.pid == root => return Err(error.into()),
+            Err(error) => tracing::debug!(pid = member.pid, %error, "not looked at"),
+        }
+    }
+    for view in views.iter().filter(|view| view.status.state != TaskState::Zombie) {
+        refusals.extend(traced(view));
+        note(&mut refusals, filesystem::refuse_deleted(view));
+        refusals.extend(MappingState::refusals(view, &mut shared));
+    }
+    if let Some(root) = views.first() {
+        note(&mut refusals, NamespaceState::capture(root, options.container));
+    }
+    refusals.extend(descriptors(&views, &mut shared, options));
+    Ok(refusals)
+}
+
+/// Keeps a refusal; anything else is left to the checkpoint, which will meet it again.
+fn note<T>(refusals: &mut Vec<Refusal>, outcome: Result<T, CaptureError>) {
+    match outcome {
+        Ok(_) => {}
+        Err(CaptureError::Refused(refusal)) => refusals.push(*refusal),
+        Err(error) => tracing::debug!(%error, "not looked at"),
+    }
+}
+
+/// The processes of the tree, parents first.
+fn members(root: i32) -> Result<Vec<Member>, CaptureError> {
+    let mut members = vec![Member { pid: root, parent: 0, proc: ProcDir::open(root)? }];
+    let mut known = HashSet::from([root]);
+    let mut index = 0;
+    while index < members.len() {
+        let parent = members[index].pid;
+        let children = match members[index].proc.children() {
+            Ok(children) => children,
+            Err(error) if error.is_gone() && index > 0 => Vec::new(),
+            Err(error) => return Err(error.into()),
+        };
+        for pid in children.into_iter().filter(|child| known.insert(*child)) {
+            if let Ok(proc) = ProcDir::open(pid) {
+                members.push(Member { pid, parent, proc });
+            }
+        }
+        index += 1;
+    }
+    Ok(members)
+}
+
+fn view(member: &Member) -> limosa_kernel::Result<ProcessView<'_>> {
+    let status = member.proc.status()?;
+    let zombie = status.state == TaskState::Zombie;
+    Ok(ProcessView {
+        pid: member.pid,
+        own_pid: status.ns_pid.last().copied().unwrap_or(member.pid),
+        proc: &member.proc,
+        stat: member.proc.stat()?,
+        mappings: if zombie { Vec::new() } else { member.proc.smaps()? },
+        status,
+        mounts: OnceCell::new(),
+    })
+}
+
+/// A process can have one tracer only.
+fn traced(view: &ProcessView) -> Option<Refusal> {
+    let tracer = view.status.tracer_pid;
+    let reason = format!("it is traced by process {tracer}");
+    (tracer != 0).then(|| Refusal::process(view.pid, reason, "end that debugger or tracer first"))
+}
+
+/// Processes that share with their parents what only threads share, for longer than a moment.
+fn sharing(members: &[Member]) -> Vec<Refusal> {
+    let look = || -> Vec<Refusal> {
+        let children = members.iter().filter(|member| member.parent != 0);
+        let pairs = children.flat_map(|child| SHARING.map(|(what, name)| (child, what, name)));
+        pairs
+            .filter(|(child, what, _)| {
+                task::kcmp(child.pid, child.parent, *what, 0, 0).is_ok_and(std::cmp::Ordering::is_eq)
+            })
+            .map(|(child, _, name)| {
+                let reason = format!("it shares its {name} with its parent {}", child.parent);
+                let remedy = "wait until it has called execve, or run it without clone's sharing flags";
+                Refusal::process(child.pid, reason, remedy)
+            })
+            .collect()
+    };
+    let mut found = look();
+    if !found.is_empty() {
+        std::thread::sleep(MOMENT);
+        let still = look();
+        found.retain(|refusal| still.contains(refusal));
+    }
+    found
+}
+
+/// What is refused of the tree's descriptors.
+fn descriptors(views: &[ProcessView], shared: &mut SharedObjects, options: &Options) -> Vec<Refusal> {
+    let mut refusals = Vec::new();
+    let mut found = Vec::new();
+    let mut by_number = HashMap::new();
+    for view in views.iter().filter(|view| view.status.state != TaskState::Zombie) {
+        match open_all(view, &mut found, &mut by_number) {
+            Ok(()) => {}
+            Err(error) if [Some(libc::EPERM), Some(libc::EACCES)].contains(&error.errno()) => {
+                let reason = format!("Limosa may not look at its descriptors ({error})");
+                refusals.push(Refusal::process(view.pid, reason, "run Limosa as root, with CAP_SYS_PTRACE"));
+            }
+            Err(error) => tracing::debug!(pid = view.pid, %error, "descriptors not looked at"),
+        }
+    }
+    let own_pids = views.iter().map(|view| (view.pid, view.own_pid)).collect();
+    let (mut sink, mut spaces, mut network) = (Nowhere, SpaceAllocator::default(), Network::default());
+    let mut context = CaptureContext::new(
+        &mut sink,
+        &mut spaces,
+        &by_number,
+        &found,
+        &own_pids,
+        shared,
+        &options.externals,
+        &mut network,
+    );
+    for view in &found {
+        let mut one = Vec::new();
+        match DescriptorState::room_of(view) {
+            Some(room) if !LOOKING.contains(&room) => {}
+            // Refused by its room, or by none recognising it.
+            _ => note(&mut one, DescriptorState::capture(view, &mut context)),
+        }
+        if !one.is_empty() && is_still_there(view) {
+            refusals.append(&mut one);
+        }
+    }
+    refusals
+}
+
+/// Duplicates every descriptor of a process. Descriptors of one description are each looked at: which they are is
+/// not worth the comparisons here.
+fn open_all<'a>(
+    view: &'a ProcessView<'a>,
+    found: &mut Vec<DescriptionView<'a>>,
+    by_number: &mut HashMap<(i32, i32), usize>,
+) -> limosa_kernel::Result<()> {
+    let pidfd = task::pidfd_open(view.pid)?;
+    for number in view.proc.fds()? {
+        let open = || -> limosa_kernel::Result<DescriptionView<'a>> {
+            let descriptor = task::pidfd_getfd(&pidfd, number)?;
+            let (link, info) = (view.proc.fd_link(number)?, view.proc.fdinfo(number)?);
+            let stat = rustix::fs::fstat(&descriptor).map_err(|errno| {
+                limosa_kernel::Error::new("fstat", format_args!("descriptor {number}"), errno)
+            })?;
+            Ok(DescriptionView { process: view, number, link, info, descriptor, stat })
+        };
+        match open() {
+            Ok(view) => {
+                by_number.insert((view.process.own_pid, number), found.len());
+                found.push(view);
+            }
+            // Closed meanwhile.
+            Err(error) if error.is_gone() || error.errno() == Some(libc::EBADF) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Whether the number still stands for the description that was looked at, so that all that was read of it belongs
+/// together.
+fn is_still_there(view: &DescriptionView) -> bool {
+    use std::os::fd::AsRawFd;
+    let own = std::process::id() as i32;
+    let duplicate = view.descriptor.as_raw_fd() as u64;
+    task::kcmp(own, view.process.pid, Comparison::File, duplicate, view.number as u64)
+        .is_ok_and(std::cmp::Ordering::is_eq)
+        && view.process.proc.fd_link(view.number).is_ok_and(|link| link == view.link)
+}
+
+/// Where what rooms capture goes: nothing of it is kept, nor even read.
+struct Nowhere;
+
+impl Sink for Nowhere {
+    fn state(&mut self, _: &str, _: &[u8]) -> Result<(), WriteError> {
+        Ok(())
+    }
+
+    fn pages(&mut self, _: SpaceId, _: u64, _: &[u8]) -> Result<(), WriteError> {
+        Ok(())
+    }
+
+    fn blob(&mut self, _: &str, _: &mut dyn Read) -> Result<u64, WriteError> {
+        Ok(0)
+    }
+}
