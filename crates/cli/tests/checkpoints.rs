@@ -154,13 +154,13 @@ fn completions_and_manual_pages_know_every_subcommand() {
 
 #[test]
 fn what_cannot_be_carried_is_said_all_at_once_and_before_anything_is_frozen() {
-    use rustix::net::{AddressFamily, SocketType};
+    use rustix::net::{AddressFamily, SocketFlags, SocketType};
     let Some(scene) = Scene::new() else { return };
     assert_eq!(json(&["check", &scene.target(), "--json"])["possible"], Value::Bool(true));
     // Two netlink sockets, which no room carries.
     let socket = || {
-        let socket = rustix::net::socket(AddressFamily::NETLINK, SocketType::RAW, None).expect("a socket");
-        Stdio::from(socket)
+        let (family, kind) = (AddressFamily::NETLINK, SocketType::RAW);
+        Stdio::from(rustix::net::socket_with(family, kind, SocketFlags::CLOEXEC, None).expect("a socket"))
     };
     let mut holder =
         Command::new("sleep").arg("1000").stdin(socket()).stdout(socket()).spawn().expect("a process");
@@ -203,4 +203,34 @@ fn check_tries_every_feature_and_leaves_nothing() {
         below.into_iter().any(|one| one.file_name().to_string_lossy().starts_with("limosa-check."))
     });
     assert_eq!(left.count(), 0);
+}
+
+#[test]
+fn the_plan_of_a_restore_is_explained_and_then_carried_out() {
+    let Some(mut scene) = Scene::new() else { return };
+    let (out, target) = (scene.path("ck"), scene.target());
+    says(&["checkpoint", &target, "--out", &out]);
+    scene.sleeper.wait().expect("it has ended");
+    let plan = says(&["restore", &out, "--explain"]);
+    let pid = scene.sleeper.id();
+    for part in [
+        format!("process {pid} is born"),
+        format!("process {pid} makes its mappings"),
+        format!("process {pid} gets its descriptors and attributes"),
+        "make a mapping".to_owned(),
+        ": pipe, held as".to_owned(),
+    ] {
+        assert!(plan.contains(&part), "no {part:?} in\n{plan}");
+    }
+    assert!(!PathBuf::from(format!("/proc/{pid}")).exists(), "nothing was done");
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid())).expect("a subreaper");
+    let (pidfile, trace) = (scene.path("pid"), scene.path("restore.json"));
+    let done = json(&["restore", &out, "--detach", "--pidfile", &pidfile, "--trace", &trace, "--json"]);
+    assert_eq!(fs::read_to_string(&pidfile).expect("a PID").trim(), pid.to_string());
+    assert!(done["first_instruction_us"].as_u64() <= done["whole_us"].as_u64(), "{done}");
+    assert!(fs::read_to_string(&trace).expect("a trace").contains("births"));
+    assert_eq!(scene.comm(), "sleep");
+    let pid = rustix::process::Pid::from_raw(pid as i32);
+    rustix::process::kill_process(pid.expect("a PID"), rustix::process::Signal::KILL).expect("killed");
+    rustix::process::waitpid(pid, rustix::process::WaitOptions::empty()).expect("reaped");
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
-use limosa_engine::checkpoint::{self, Captured};
+use limosa_engine::checkpoint::{self, Captured, TcpConnections};
 use limosa_engine::{CaptureError, Refusal, Refusals, Report, preflight};
 use limosa_image::{Sink, WriteError};
 use serde::{Deserialize, Serialize};
@@ -40,6 +40,7 @@ pub struct Source {
     record: Record,
     state: ContainerState,
     pid: i32,
+    tcp: TcpConnections,
 }
 
 /// A container that is captured, and still frozen.
@@ -61,7 +62,13 @@ impl Source {
             Some(_) => Some(link::hardware_address(pid)?),
             None => None,
         };
-        Ok(Self { record, state: ContainerState { config, mac }, pid })
+        Ok(Self { record, state: ContainerState { config, mac }, pid, tcp: TcpConnections::default() })
+    }
+
+    /// Says what is to become of its TCP connections; by default they are carried.
+    #[must_use]
+    pub fn with_tcp(self, tcp: TcpConnections) -> Self {
+        Self { tcp, ..self }
     }
 
     /// What the checkpoint will say of it.
@@ -91,7 +98,7 @@ impl Source {
             Err(source) => return Err(ContainerCaptureError::Log { path, source }),
         };
         let externals = HashMap::from([((log.dev(), log.ino()), LOG_KEY.to_owned())]);
-        Ok(checkpoint::Options { container: true, externals, ..checkpoint::Options::default() })
+        Ok(checkpoint::Options { container: true, externals, tcp: self.tcp })
     }
 
     /// Freezes it and puts everything about it into `sink`. Dropping the result lets it run on.

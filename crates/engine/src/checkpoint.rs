@@ -37,6 +37,18 @@ pub struct Options {
     pub container: bool,
     /// Files outside the tree's root that restore will be told about: keys by device and inode.
     pub externals: HashMap<(u64, u64), String>,
+    /// What becomes of TCP connections.
+    pub tcp: TcpConnections,
+}
+
+/// What becomes of TCP connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TcpConnections {
+    /// They are carried: restored, they go on.
+    #[default]
+    Established,
+    /// They are not: restored, their sockets are not connected. When the tree ends, peers are told.
+    Close,
 }
 
 /// A tree that is captured, and still frozen.
@@ -300,7 +312,7 @@ fn capture_descriptors(
         }
     }
     let own_pids: HashMap<i32, i32> = views.iter().map(|view| (view.pid, view.own_pid)).collect();
-    let mut network = Network::look(views[0].pid, &found)?;
+    let mut network = Network::look(views[0].pid, &found, options.tcp)?;
     let mut context = CaptureContext::new(
         sink,
         spaces,

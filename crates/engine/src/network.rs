@@ -27,6 +27,7 @@ use limosa_kernel::net::tcp_repair::{self, State};
 use limosa_kernel::net::tcp_snapshot::{self, Snapshot, SnapshotError};
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::TcpConnections;
 use crate::error::{CaptureError, RestoreError};
 use crate::view::DescriptionView;
 
@@ -108,6 +109,8 @@ pub struct Network {
     places: Vec<Locked>,
     connections: HashMap<u64, Result<Snapshot, SnapshotError>>,
     unix: HashMap<u64, UnixSocket>,
+    /// What becomes of the connections.
+    pub(crate) tcp: TcpConnections,
 }
 
 /// The tree's connections in one network namespace.
@@ -120,9 +123,16 @@ struct Locked {
 }
 
 impl Network {
-    /// Locks the connections among `found` and reads them. `root` names the lock.
-    pub(crate) fn look(root: i32, found: &[DescriptionView]) -> Result<Self, CaptureError> {
-        let mut network = Self::default();
+    /// Locks the connections among `found` and reads them, unless they are to be closed. `root` names the lock.
+    pub(crate) fn look(
+        root: i32,
+        found: &[DescriptionView],
+        tcp: TcpConnections,
+    ) -> Result<Self, CaptureError> {
+        let mut network = Self { tcp, ..Self::default() };
+        if tcp == TcpConnections::Close {
+            return Ok(network);
+        }
         let mut by_namespace: HashMap<(u64, u64), (OwnedFd, Vec<&DescriptionView>)> = HashMap::new();
         for view in found.iter().filter(|view| is_connected(view)) {
             let namespace = raw::namespace(&view.descriptor)?;

@@ -168,6 +168,8 @@ fn descriptors(views: &[ProcessView], shared: &mut SharedObjects, options: &Opti
         &options.externals,
         &mut network,
     );
+    // What many descriptors refer to, by dup(2) or fork(2), is refused once.
+    let mut told = HashSet::new();
     for view in &found {
         let mut one = Vec::new();
         match DescriptorState::room_of(view) {
@@ -175,7 +177,10 @@ fn descriptors(views: &[ProcessView], shared: &mut SharedObjects, options: &Opti
             // Refused by its room, or by none recognising it.
             _ => note(&mut one, DescriptorState::capture(view, &mut context)),
         }
-        if !one.is_empty() && is_still_there(view) {
+        if !one.is_empty()
+            && is_still_there(view)
+            && told.insert((view.stat.st_dev, view.stat.st_ino, view.link.clone()))
+        {
             refusals.append(&mut one);
         }
     }

@@ -10,6 +10,7 @@
 mod births;
 mod build;
 mod descriptors;
+mod explain;
 mod inside;
 mod start;
 
@@ -220,8 +221,6 @@ pub(crate) struct Nursery {
     pub(crate) socket: OwnedFd,
     /// The puppets' end: its number in each of them.
     pub(crate) socket_number: i32,
-    /// How many slaves of terminals lie behind the socket, at the numbers that follow.
-    pub(crate) terminals: usize,
     /// Who each node is, and its parent's node.
     pub(crate) roles: Vec<(Role, Option<NodeId>)>,
     /// The ID each node has in the tree's own PID namespace.

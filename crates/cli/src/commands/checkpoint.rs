@@ -1,12 +1,14 @@
 //! `limosa checkpoint`.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
 
-use clap::Args;
+use anyhow::Context as _;
+use clap::{Args, ValueEnum};
 use limosa_container::{CapturedContainer, Name, Source};
-use limosa_engine::checkpoint::Captured;
+use limosa_engine::checkpoint::{Captured, TcpConnections};
 use limosa_engine::{Refusals, Report, Times, checkpoint, preflight};
 use limosa_image::{CheckpointWriter, Committed, Meta};
 use serde::Serialize;
@@ -42,7 +44,8 @@ impl FromStr for Target {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     limosa checkpoint pid:1234 --out /var/tmp/ck\n  \
-    limosa checkpoint web --out /var/tmp/web.1 --leave-running")]
+    limosa checkpoint web --out /var/tmp/web.1 --leave-running\n  \
+    limosa checkpoint pid:1234 --out /var/tmp/ck --external log=/var/log/job.log --trace /tmp/trace.json")]
 pub struct Checkpoint {
     /// NAME of a container, or pid:N for the process tree rooted at N.
     target: Target,
@@ -55,8 +58,35 @@ pub struct Checkpoint {
     #[arg(long)]
     leave_running: bool,
 
+    /// What becomes of TCP connections: they go on after the restore, or are closed.
+    #[arg(long, value_enum, value_name = "HOW", default_value = "established")]
+    tcp: Tcp,
+
+    /// A file outside the mounts of a process tree that it may have open; restore needs the same KEY. May be given
+    /// several times.
+    #[arg(long, value_name = "KEY=PATH", value_parser = super::key_and_path)]
+    external: Vec<(String, PathBuf)>,
+
     #[command(flatten)]
     trace: Trace,
+}
+
+/// The values of `--tcp`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Tcp {
+    /// Carried: after the restore they go on.
+    Established,
+    /// Not carried: after the restore the sockets are not connected.
+    Close,
+}
+
+impl From<Tcp> for TcpConnections {
+    fn from(tcp: Tcp) -> Self {
+        match tcp {
+            Tcp::Established => Self::Established,
+            Tcp::Close => Self::Close,
+        }
+    }
 }
 
 /// The report of a checkpoint.
@@ -109,7 +139,12 @@ impl Checkpoint {
     }
 
     fn process_tree(&self, root: i32, report: &mut Report) -> anyhow::Result<(Committed, u64)> {
-        let options = checkpoint::Options::default();
+        let externals = self.external.iter().map(|(key, path)| {
+            let file = std::fs::metadata(path).with_context(|| path.display().to_string())?;
+            Ok(((file.dev(), file.ino()), key.clone()))
+        });
+        let externals = externals.collect::<anyhow::Result<_>>()?;
+        let options = checkpoint::Options { container: false, externals, tcp: self.tcp.into() };
         Refusals::check(report.phase("pre-flight", |_| preflight::look(root, &options))?)?;
         let mut writer = CheckpointWriter::create(&self.out)?;
         let captured = checkpoint::capture(root, &mut writer, &options, report)?;
@@ -123,7 +158,10 @@ impl Checkpoint {
         report: &mut Report,
     ) -> anyhow::Result<(Committed, u64)> {
         let registry = context.registry();
-        let source = Source::find(&registry, name)?;
+        if !self.external.is_empty() {
+            anyhow::bail!("a container has no external files; --external is for process trees (pid:N)");
+        }
+        let source = Source::find(&registry, name)?.with_tcp(self.tcp.into());
         report.phase("pre-flight", |_| source.refuse_early(&registry))?;
         let mut writer = CheckpointWriter::create(&self.out)?;
         let captured = source.capture(&registry, &mut writer, report)?;

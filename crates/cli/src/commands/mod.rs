@@ -59,3 +59,11 @@ impl Command {
         }
     }
 }
+
+/// An argument `KEY=PATH`.
+fn key_and_path(text: &str) -> Result<(String, std::path::PathBuf), String> {
+    match text.split_once('=') {
+        Some((key, path)) if !key.is_empty() && !path.is_empty() => Ok((key.to_owned(), path.into())),
+        _ => Err("it must be KEY=PATH".to_owned()),
+    }
+}

@@ -17,7 +17,9 @@ use crate::trace::Trace;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     limosa restore /var/tmp/ck\n  \
-    limosa restore /var/tmp/ck --detach --pidfile /run/ck.pid")]
+    limosa restore /var/tmp/ck --detach --pidfile /run/ck.pid\n  \
+    limosa restore /var/tmp/ck --external log=/var/log/job.log\n  \
+    limosa restore /var/tmp/ck --explain | less")]
 pub struct Restore {
     /// The checkpoint's directory.
     dir: PathBuf,
@@ -37,6 +39,14 @@ pub struct Restore {
     /// The directory that becomes the tree's root.
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
+
+    /// Where the file is that the checkpoint calls KEY. May be given several times.
+    #[arg(long, value_name = "KEY=PATH", value_parser = super::key_and_path)]
+    external: Vec<(String, PathBuf)>,
+
+    /// Print what would be done, down to each system call in the new processes, and do nothing.
+    #[arg(long)]
+    explain: bool,
 
     #[command(flatten)]
     trace: Trace,
@@ -58,12 +68,16 @@ impl Restore {
         self.trace.prepare()?;
         let mut report = Report::default();
         let checkpoint = report.phase("open", |_| Checkpoint::open(&self.dir))?;
+        if self.explain {
+            return explain(context, &checkpoint);
+        }
         if limosa_container::holds_container(&checkpoint) {
             return self.container(context, &checkpoint, report);
         }
         let options = restore::Options {
             root: self.root.clone(),
             detached: self.detach,
+            externals: self.external.iter().cloned().collect(),
             ..restore::Options::default()
         };
         let planned = report.phase("plan", |_| restore::Planned::new(&checkpoint, options))?;
@@ -77,6 +91,10 @@ impl Restore {
     }
 
     fn container(self, context: &Context, checkpoint: &Checkpoint, mut report: Report) -> Outcome {
+        if self.root.is_some() || !self.external.is_empty() {
+            let error = anyhow::anyhow!("--root and --external are for process trees; this is a container");
+            return Err(error.into());
+        }
         let registry = context.registry();
         let prepared = limosa_container::prepare(&registry, checkpoint, self.name.clone(), &mut report)?;
         let restored = prepared.start(&registry, &mut report)?;
@@ -112,6 +130,13 @@ impl Restore {
         }
         wait_for(root)
     }
+}
+
+/// Prints the plan.
+fn explain(context: &Context, checkpoint: &Checkpoint) -> Outcome {
+    let plan = restore::Planned::new(checkpoint, restore::Options::default())?.explain()?;
+    context.report(&plan, &plan)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Waits for the root and passes on its exit status; 128 + N if signal N ended it.

@@ -22,6 +22,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 
 use super::{CaptureContext, DescriptorKind, RebuildContext};
+use crate::checkpoint::TcpConnections;
 use crate::error::{CaptureError, RestoreError};
 use crate::network::{self, Address, OptionState};
 use crate::view::DescriptionView;
@@ -164,6 +165,7 @@ impl DescriptorKind for Tcp {
             Some(Err(error)) => {
                 return Err(view.refuse(error.to_string(), "let the connection come to rest and try again").into());
             }
+            None if context.network.tcp == TcpConnections::Close && is_connected(view)? => Role::Idle { local: None },
             None => unconnected(view)?,
         };
         Ok(Self { ipv6, options, role })
@@ -176,6 +178,12 @@ impl DescriptorKind for Tcp {
             Role::Idle { local } => self.place(local.map(Into::into), None),
         }
     }
+}
+
+/// Whether it has a connection, or once had one.
+fn is_connected(view: &DescriptionView) -> Result<bool, CaptureError> {
+    Ok(tcp_repair::info(view.descriptor.as_fd())?.state != State::Listen
+        && tcp_snapshot::remote_address(view.descriptor.as_fd()).is_ok())
 }
 
 /// A socket that has no connection.

@@ -30,10 +30,23 @@ pub(crate) fn clone_arguments(
     arguments
 }
 
-/// Adds the birth of `child` to `program`.
-pub(crate) fn add_clone(program: &mut Program, birth: &Birth, flags: u64, exit_signal: i32, pid: i32) {
+/// Where a child finds its mailbox and its first program: addresses in the arena.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Cradle {
+    mailbox: u64,
+    program: u64,
+}
+
+impl From<&Birth> for Cradle {
+    fn from(birth: &Birth) -> Self {
+        Self { mailbox: birth.mailbox(), program: birth.program() }
+    }
+}
+
+/// Adds the birth of the child in `cradle` to `program`.
+pub(crate) fn add_clone(program: &mut Program, cradle: Cradle, flags: u64, exit_signal: i32, pid: i32) {
     let arguments = clone_arguments(program, flags, exit_signal, pid);
-    program.clone3("make a process or thread", arguments, CLONE_ARGS_SIZE, birth.mailbox(), birth.program());
+    program.clone3("make a process or thread", arguments, CLONE_ARGS_SIZE, cradle.mailbox, cradle.program);
 }
 
 /// Makes all processes of the plan as puppets: seized or not, they die with their parents until they are started.
@@ -55,7 +68,8 @@ pub(crate) fn give_birth(
     let socket_number = socket_number(tree)?;
     let mut births: HashMap<NodeId, Birth> = HashMap::new();
     for node in plan.makers_last() {
-        let program = first_program(tree, plan, node, &births, socket_number);
+        let cradle = |child| Cradle::from(&births[&child]);
+        let program = first_program(tree, plan, node, cradle, socket_number);
         births.insert(node, Birth::new(&mut arena, program)?);
     }
     let mut midwife = Resident::bare_child(&mut arena)?;
@@ -66,7 +80,6 @@ pub(crate) fn give_birth(
         puppets: Vec::new(),
         socket: ours,
         socket_number,
-        terminals: terminals.len(),
         roles: plan.nodes.iter().map(|node| (node.role, node.parent)).collect(),
         own_pids: plan.nodes.iter().map(|node| node.pid).collect(),
         ended: Vec::new(),
@@ -153,18 +166,29 @@ fn is_free(tree: &Tree, start: u64, end: u64) -> bool {
         .all(|mapping| mapping.end() <= start || mapping.start >= end)
 }
 
-/// A number for the socket that is none of the tree's descriptors, and above all temporary ones.
-fn socket_number(tree: &Tree) -> Result<i32, RestoreError> {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let highest = tree
-        .living()
+/// The highest number of the tree's descriptors and of all temporary ones.
+fn highest_number(tree: &Tree) -> i32 {
+    tree.living()
         .flat_map(|(_, body)| {
             let last = body.descriptors.last().map_or(0, |descriptor| descriptor.number);
             [last, (body.descriptors.len() + body.mappings.len()) as i32]
         })
         .max()
-        .unwrap_or(0);
-    let wanted = i64::from(highest) + 16 + tree.terminals.len() as i64;
+        .unwrap_or(0)
+}
+
+/// A number for the socket above [`highest_number`].
+pub(crate) fn planned_socket_number(tree: &Tree) -> i32 {
+    highest_number(tree).saturating_add(16)
+}
+
+/// [`planned_socket_number`], once the limit of descriptors allows it.
+fn socket_number(tree: &Tree) -> Result<i32, RestoreError> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let highest = highest_number(tree);
+    let socket = planned_socket_number(tree);
+    // Terminals follow it.
+    let wanted = i64::from(socket) + tree.terminals.len() as i64;
     let limit = getrlimit(Resource::Nofile);
     if limit.current.is_some_and(|current| (current as i64) <= wanted) {
         let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
@@ -181,11 +205,11 @@ fn socket_number(tree: &Tree) -> Result<i32, RestoreError> {
 }
 
 /// The program a node runs first.
-fn first_program(
+pub(crate) fn first_program(
     tree: &Tree,
     plan: &Plan,
     node: NodeId,
-    births: &HashMap<NodeId, Birth>,
+    cradle: impl Fn(NodeId) -> Cradle,
     socket_number: i32,
 ) -> Program {
     let mut program = Program::new();
@@ -214,11 +238,11 @@ fn first_program(
                     Role::Process(index) => tree.processes[index].exit_signal,
                     Role::Ghost => libc::SIGCHLD,
                 };
-                add_clone(&mut program, &births[child], 0, exit_signal, plan.nodes[*child].pid);
+                add_clone(&mut program, cradle(*child), 0, exit_signal, plan.nodes[*child].pid);
             }
             Step::Sibling(sibling) => {
                 // The kernel takes a sibling's exit signal from its maker.
-                add_clone(&mut program, &births[sibling], CLONE_PARENT, 0, plan.nodes[*sibling].pid);
+                add_clone(&mut program, cradle(*sibling), CLONE_PARENT, 0, plan.nodes[*sibling].pid);
             }
         }
     }

@@ -4,19 +4,20 @@
 //! places the descriptors, sets everything a process has one of, makes the threads, and lets each set what is its
 //! own, credentials last.
 
+use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use limosa_image::Checkpoint;
 use limosa_puppet::{Birth, Program, Running};
 
-use super::births::{add_clone, slave_number};
+use super::births::{Cradle, add_clone, slave_number};
 use super::descriptors::{self, Objects};
 use super::{Nursery, is_alive};
 use crate::error::RestoreError;
 use crate::memory;
 use crate::plan::Role;
 use crate::report::Report;
-use crate::resources::context::Holder;
+use crate::resources::context::{Completion, Holder};
 use crate::resources::mapping::Backing;
 use crate::state::{Body, Life, Process, Tree};
 
@@ -81,6 +82,64 @@ fn join_group(index: usize, process: &Process, nursery: &mut Nursery) -> Result<
     Ok(())
 }
 
+/// The files and objects that a process maps: each is received once, and the n-th has the number n.
+struct Mapped<'a> {
+    /// In the order in which they are received.
+    distinct: Vec<&'a Backing>,
+    /// For each mapping, the number of its own.
+    numbers: Vec<Option<i32>>,
+}
+
+impl<'a> Mapped<'a> {
+    fn of(body: &'a Body) -> Self {
+        let mut distinct: Vec<&Backing> = Vec::new();
+        let mut numbers = Vec::with_capacity(body.mappings.len());
+        for mapping in &body.mappings {
+            let number = match &mapping.backing {
+                Backing::Anonymous | Backing::Vdso(_) => None,
+                backing => {
+                    let known = distinct.iter().rposition(|other| same_object(other, backing));
+                    Some(known.unwrap_or_else(|| {
+                        distinct.push(backing);
+                        distinct.len() - 1
+                    }) as i32)
+                }
+            };
+            numbers.push(number);
+        }
+        Self { distinct, numbers }
+    }
+}
+
+/// The program that makes the mappings, and the files and objects it receives, followed by the deleted executable
+/// if there is one.
+pub(super) fn mapping_program(
+    process: &Process,
+    body: &Body,
+    checkpoint: &Checkpoint,
+    socket_number: i32,
+) -> (Program, usize) {
+    let mapped = Mapped::of(body);
+    let executable = body.state.address_space.deleted_executable;
+    let received = mapped.distinct.len() + usize::from(executable.is_some());
+    let mut program = Program::new();
+    set_group(&mut program, process);
+    descriptors::receive(&mut program, socket_number, received);
+    let extents = checkpoint.extents(body.space);
+    for (mapping, number) in body.mappings.iter().zip(mapped.numbers) {
+        let writable = mapping.is_private() && memory::has_pages(extents, mapping);
+        mapping.map(&mut program, number, writable);
+    }
+    if executable.is_some() {
+        body.state.address_space.set_executable(received as i32 - 1, &mut program);
+    }
+    if received > 0 {
+        let arguments = [0.into(), (socket_number - 1).into(), 0.into()];
+        program.call("close mapped files", libc::SYS_close_range, arguments);
+    }
+    (program, received)
+}
+
 fn make_mappings(
     index: usize,
     process: &Process,
@@ -89,54 +148,30 @@ fn make_mappings(
     nursery: &mut Nursery,
     objects: &mut Objects,
 ) -> Result<(), RestoreError> {
-    let mut program = Program::new();
-    set_group(&mut program, process);
-    // A descriptor for each file or object that is mapped: the n-th received has the number n.
-    let mut sent = Vec::new();
-    let mut numbers = Vec::with_capacity(body.mappings.len());
-    let mut known: Vec<(&Backing, i32)> = Vec::new();
-    for mapping in &body.mappings {
-        let same = known.iter().rev().find(|(backing, _)| same_object(backing, &mapping.backing));
-        let number = match same {
-            Some((_, number)) => Some(*number),
-            None => match objects.for_mapping(&mapping.backing)? {
-                None => None,
-                Some(descriptor) => {
-                    let number = sent.len() as i32;
-                    sent.push(descriptor.try_clone_to_owned().map_err(|source| RestoreError::Rebuild {
-                        object: format!("mapping at {:#x}", mapping.start),
-                        step: "dup",
-                        source,
-                    })?);
-                    known.push((&mapping.backing, number));
-                    Some(number)
-                }
-            },
-        };
-        numbers.push(number);
-    }
-    let executable =
-        body.state.address_space.deleted_executable.and_then(|object| objects.shared.get(object));
-    if let Some(executable) = executable {
-        sent.push(executable.try_clone().map_err(|source| RestoreError::Rebuild {
-            object: format!("the executable of process {}", process.pid),
+    let (program, received) = mapping_program(process, body, checkpoint, nursery.socket_number);
+    let duplicate = |descriptor: BorrowedFd, what: &str| {
+        descriptor.try_clone_to_owned().map_err(|source| RestoreError::Rebuild {
+            object: format!("{what} of process {}", process.pid),
             step: "dup",
             source,
-        })?);
-    }
-    descriptors::receive(&mut program, nursery.socket_number, sent.len());
-    let extents = checkpoint.extents(body.space);
-    for (mapping, number) in body.mappings.iter().zip(numbers) {
+        })
+    };
+    for mapping in &body.mappings {
         check_vdso(&mapping.backing)?;
-        let writable = mapping.is_private() && memory::has_pages(extents, mapping);
-        mapping.map(&mut program, number, writable);
     }
-    if executable.is_some() {
-        body.state.address_space.set_executable(sent.len() as i32 - 1, &mut program);
+    let mut sent = Vec::with_capacity(received);
+    for backing in Mapped::of(body).distinct {
+        let descriptor = objects
+            .for_mapping(backing)?
+            .ok_or_else(|| RestoreError::inconsistent("a mapping of an object that does not exist"))?;
+        sent.push(duplicate(descriptor, "a mapping")?);
     }
-    if !sent.is_empty() {
-        let arguments = [0.into(), (nursery.socket_number - 1).into(), 0.into()];
-        program.call("close mapped files", libc::SYS_close_range, arguments);
+    if let Some(object) = body.state.address_space.deleted_executable {
+        let descriptor = objects
+            .shared
+            .get(object)
+            .ok_or_else(|| RestoreError::inconsistent(format!("there is no shared object {object}")))?;
+        sent.push(duplicate(descriptor.as_fd(), "the executable")?);
     }
     let borrowed: Vec<BorrowedFd> = sent.iter().map(AsFd::as_fd).collect();
     descriptors::send(&nursery.socket, &borrowed)?;
@@ -244,47 +279,55 @@ fn wait_for_end(pid: i32) -> Result<(), RestoreError> {
     }
 }
 
-/// The second program of a living process.
-fn complete(
-    index: usize,
+/// What the second program of a process needs beyond the tree's state.
+pub(super) struct Finishing<'a> {
+    /// What holders of descriptions do, by description; what is done is taken out.
+    pub(super) completions: &'a mut HashMap<usize, Vec<Completion>>,
+    /// Descriptions whose owner has been set.
+    pub(super) owned: &'a mut HashSet<usize>,
+    /// The number of the socket that descriptors come over.
+    pub(super) socket_number: i32,
+}
+
+/// The second program of a living process. `deliver` gets the first program of each further thread, and says where it is.
+pub(super) fn final_program(
     tree: &Tree,
-    body: &Body,
+    (process, body): (&Process, &Body),
     checkpoint: &Checkpoint,
-    nursery: &mut Nursery,
-    objects: &mut Objects,
-) -> Result<(), RestoreError> {
+    finishing: Finishing,
+    mut deliver: impl FnMut(i32, Program) -> Result<Cradle, RestoreError>,
+) -> Result<Program, RestoreError> {
     let mut program = Program::new();
     let extents = checkpoint.extents(body.space);
     for mapping in &body.mappings {
         mapping.finish(&mut program, mapping.is_private() && memory::has_pages(extents, mapping));
     }
-    descriptors::place(&mut program, nursery.socket_number, &body.descriptors);
+    descriptors::place(&mut program, finishing.socket_number, &body.descriptors);
     for descriptor in &body.descriptors {
-        for completion in objects.completions.remove(&descriptor.description).unwrap_or_default() {
+        for completion in finishing.completions.remove(&descriptor.description).unwrap_or_default() {
             completion(&Holder { number: descriptor.number, descriptors: &body.descriptors }, &mut program);
         }
     }
-    if let Some((at, group)) = foreground(tree, tree.processes[index].pid) {
-        let (slave, group) = (slave_number(nursery.socket_number, at), program.words(&[group as u64]));
+    let socket_number = finishing.socket_number;
+    if let Some((at, group)) = foreground(tree, process.pid) {
+        let (slave, group) = (slave_number(socket_number, at), program.words(&[group as u64]));
         // The group may have ended with nobody left to wait for it.
         let arguments = [slave.into(), libc::TIOCSPGRP.into(), group.into()];
         program.try_call("set the terminal's foreground group", libc::SYS_ioctl, arguments);
     }
-    let last = slave_number(nursery.socket_number, nursery.terminals) - 1;
-    let arguments = [nursery.socket_number.into(), last.into(), 0.into()];
+    let last = slave_number(socket_number, tree.terminals.len()) - 1;
+    let arguments = [socket_number.into(), last.into(), 0.into()];
     program.call("close the socket and the terminals", libc::SYS_close_range, arguments);
     forget_children(&mut program);
     body.state.rebuild(&mut program);
-    let mut threads: Vec<(i32, Birth)> = Vec::with_capacity(body.threads.len() - 1);
     for thread in &body.threads[1..] {
         let mut own = Program::new();
         thread.state.rebuild(&mut own);
-        let birth = Birth::new(&mut nursery.arena, own)?;
-        add_clone(&mut program, &birth, CLONE_THREAD_FLAGS, 0, thread.tid);
-        threads.push((thread.tid, birth));
+        let cradle = deliver(thread.tid, own)?;
+        add_clone(&mut program, cradle, CLONE_THREAD_FLAGS, 0, thread.tid);
     }
     for descriptor in &body.descriptors {
-        if objects.owned.insert(descriptor.description)
+        if finishing.owned.insert(descriptor.description)
             && let Some(owner) = tree.descriptions[descriptor.description].owner
         {
             descriptors::set_owner(descriptor.number, owner, &mut program);
@@ -295,6 +338,31 @@ fn complete(
     }
     body.late.rebuild(&mut program);
     body.threads[0].state.rebuild(&mut program);
+    Ok(program)
+}
+
+/// Has a living process run its second program.
+fn complete(
+    index: usize,
+    tree: &Tree,
+    body: &Body,
+    checkpoint: &Checkpoint,
+    nursery: &mut Nursery,
+    objects: &mut Objects,
+) -> Result<(), RestoreError> {
+    let mut threads: Vec<Birth> = Vec::with_capacity(body.threads.len() - 1);
+    let finishing = Finishing {
+        completions: &mut objects.completions,
+        owned: &mut objects.owned,
+        socket_number: nursery.socket_number,
+    };
+    let arena = &mut nursery.arena;
+    let program = final_program(tree, (&tree.processes[index], body), checkpoint, finishing, |_, own| {
+        let birth = Birth::new(arena, own)?;
+        let cradle = Cradle::from(&birth);
+        threads.push(birth);
+        Ok(cradle)
+    })?;
     let given: Vec<BorrowedFd> = body
         .descriptors
         .iter()
@@ -304,7 +372,7 @@ fn complete(
     let (puppet, arena) = nursery.puppet(index);
     puppet.run(arena, program)?;
     let leader = puppet.pid();
-    let running: Vec<_> = threads.into_iter().map(|(_, birth)| birth.born(leader)).collect();
+    let running: Vec<_> = threads.into_iter().map(|birth| birth.born(leader)).collect();
     for (thread, running) in running {
         finish_thread(&thread, &nursery.arena, running)?;
     }

@@ -1,0 +1,100 @@
+//! The plan of a restore as text: `limosa restore --explain`.
+//!
+//! The programs are built by the functions that a restore uses. Two things are not known before it happens: addresses
+//! in the arena, which are left out, and what objects ask of the process that holds them (an epoll's entries, say).
+
+use std::collections::{HashMap, HashSet};
+use std::fmt::Write;
+
+use super::build::{Finishing, final_program, mapping_program};
+use super::{Planned, births};
+use crate::error::RestoreError;
+use crate::plan::{Role, Step};
+use crate::state::{Life, Tree};
+use crate::summary::printable;
+
+impl Planned<'_> {
+    /// What [`Self::build`] would do, for a person: processes, objects, and each puppet's programs.
+    pub fn explain(&self) -> Result<String, RestoreError> {
+        let mut text = String::new();
+        self.explain_processes(&mut text);
+        explain_objects(&self.tree, &mut text);
+        let socket_number = births::planned_socket_number(&self.tree);
+        let mut owned = HashSet::new();
+        for (node, planned) in self.plan.nodes.iter().enumerate() {
+            let first = births::first_program(
+                &self.tree,
+                &self.plan,
+                node,
+                |_| births::Cradle::default(),
+                socket_number,
+            );
+            section(&mut text, planned.pid, "is born", &first.to_string());
+            let Role::Process(index) = planned.role else { continue };
+            let process = &self.tree.processes[index];
+            let Life::Alive(body) = &process.life else { continue };
+            let (mappings, _) = mapping_program(process, body, self.checkpoint, socket_number);
+            section(&mut text, planned.pid, "makes its mappings", &mappings.to_string());
+            let mut threads = Vec::new();
+            let mut completions = HashMap::new();
+            let finishing = Finishing { completions: &mut completions, owned: &mut owned, socket_number };
+            let last = final_program(&self.tree, (process, body), self.checkpoint, finishing, |tid, own| {
+                threads.push((tid, own.to_string()));
+                Ok(births::Cradle::default())
+            })?;
+            section(&mut text, planned.pid, "gets its descriptors and attributes", &last.to_string());
+            for (tid, own) in threads {
+                let _ =
+                    writeln!(text, "\nthread {tid} of process {} sets what is its own:\n{own}", planned.pid);
+            }
+        }
+        Ok(text)
+    }
+
+    fn explain_processes(&self, text: &mut String) {
+        text.push_str("processes, in the order of the checkpoint:\n");
+        for node in &self.plan.nodes {
+            let what = match node.role {
+                Role::Ghost => "stands in for an ended leader, and ends before the tree runs".to_owned(),
+                Role::Process(index) => match &self.tree.processes[index].life {
+                    Life::Zombie { wait_status, .. } => format!("ends at once with status {wait_status:#x}"),
+                    Life::Alive(body) => {
+                        let name = body.threads.first().map(|leader| printable(&leader.state.name.0));
+                        format!("{}, {} threads", name.unwrap_or_default(), body.threads.len())
+                    }
+                },
+            };
+            let pid = |node: &usize| self.plan.nodes[*node].pid;
+            let steps: Vec<String> = node
+                .steps
+                .iter()
+                .map(|step| match step {
+                    Step::OwnSession => "leads a session".to_owned(),
+                    Step::OwnGroup => "leads a group".to_owned(),
+                    Step::Child(child) => format!("makes {}", pid(child)),
+                    Step::Sibling(sibling) => format!("makes its sibling {}", pid(sibling)),
+                })
+                .collect();
+            let _ = writeln!(text, "  {:>7}  {what}; {}", node.pid, steps.join(", "));
+        }
+    }
+}
+
+fn explain_objects(tree: &Tree, text: &mut String) {
+    text.push_str("\nobjects, made once by Limosa and given to their holders:\n");
+    for (index, object) in tree.shared_objects.iter().enumerate() {
+        let _ = writeln!(text, "  shared memory {index}: {} bytes", object.size);
+    }
+    for (index, description) in tree.descriptions.iter().enumerate() {
+        let holders = tree.living().flat_map(|(process, body)| {
+            let held = body.descriptors.iter().filter(move |descriptor| descriptor.description == index);
+            held.map(|descriptor| format!("{}:{}", process.pid, descriptor.number))
+        });
+        let holders = holders.collect::<Vec<_>>().join(" ");
+        let _ = writeln!(text, "  description {index}: {}, held as {holders}", description.state.kind());
+    }
+}
+
+fn section(text: &mut String, pid: i32, what: &str, program: &str) {
+    let _ = writeln!(text, "\nprocess {pid} {what}:\n{program}");
+}
