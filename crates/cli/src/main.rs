@@ -5,6 +5,7 @@ mod context;
 mod progress;
 mod text;
 mod trace;
+mod watched;
 
 use std::io::Write;
 use std::path::PathBuf;

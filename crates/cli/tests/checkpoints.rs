@@ -234,3 +234,36 @@ fn the_plan_of_a_restore_is_explained_and_then_carried_out() {
     rustix::process::kill_process(pid.expect("a PID"), rustix::process::Signal::KILL).expect("killed");
     rustix::process::waitpid(pid, rustix::process::WaitOptions::empty()).expect("reaped");
 }
+
+#[test]
+fn an_interrupted_checkpoint_leaves_nothing_and_the_source_runs() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: this test needs root");
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a directory");
+    let out = directory.path().join("ck");
+    // Enough memory that the checkpoint takes a while.
+    let script = "x = b'x' * (192 << 20); print('ready', flush=True); import time; time.sleep(1000)";
+    let mut holder = Command::new("python3");
+    holder.args(["-c", script]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut holder = holder.spawn().expect("python3");
+    std::io::Read::read_exact(holder.stdout.as_mut().expect("output"), &mut [0; 6]).expect("it is ready");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_limosa"));
+    command.args(["checkpoint", &format!("pid:{}", holder.id()), "--out"]).arg(&out);
+    let checkpoint = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().expect("limosa");
+    // When its hidden directory is there, it holds signals back.
+    while fs::read_dir(directory.path()).expect("a directory").count() == 0 {
+        std::thread::sleep(std::time::Duration::from_micros(200));
+    }
+    let pid = rustix::process::Pid::from_child(&checkpoint);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("interrupted");
+    let ended = checkpoint.wait_with_output().expect("an end");
+    let left = fs::read_dir(directory.path()).expect("a directory").count();
+    let runs = holder.try_wait().expect("a child").is_none();
+    holder.kill().expect("killed");
+    holder.wait().expect("an end");
+    assert_eq!(ended.status.code(), Some(130), "{ended:?}");
+    assert!(String::from_utf8_lossy(&ended.stderr).contains("the source runs on"), "{ended:?}");
+    assert!(left == 0 && runs, "left: {left}, runs: {runs}");
+}

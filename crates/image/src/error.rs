@@ -9,6 +9,12 @@ use crate::index::SpaceId;
 /// A checkpoint that could not be written. Nothing of it remains once the writer is dropped.
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
+    /// Whoever writes was told to stop.
+    #[error("interrupted by signal {signal}")]
+    Interrupted {
+        /// Its number.
+        signal: i32,
+    },
     /// The filesystem is full, or a quota is used up (`ENOSPC`, `EDQUOT`).
     #[error(
         "no space left for {} after {written} bytes of it: free space on that filesystem, or write the \

@@ -13,9 +13,10 @@ use limosa_engine::{Refusals, Report, Times, checkpoint, preflight};
 use limosa_image::{CheckpointWriter, Committed, Meta};
 use serde::Serialize;
 
-use crate::context::{Context, Outcome};
+use crate::context::{Context, Failure, Outcome};
 use crate::text;
 use crate::trace::Trace;
+use crate::watched::{self, Watched};
 
 /// What to checkpoint.
 #[derive(Clone, Debug)]
@@ -138,7 +139,7 @@ impl Checkpoint {
         Ok(ExitCode::SUCCESS)
     }
 
-    fn process_tree(&self, root: i32, report: &mut Report) -> anyhow::Result<(Committed, u64)> {
+    fn process_tree(&self, root: i32, report: &mut Report) -> Result<(Committed, u64), Failure> {
         let externals = self.external.iter().map(|(key, path)| {
             let file = std::fs::metadata(path).with_context(|| path.display().to_string())?;
             Ok(((file.dev(), file.ino()), key.clone()))
@@ -146,8 +147,11 @@ impl Checkpoint {
         let externals = externals.collect::<anyhow::Result<_>>()?;
         let options = checkpoint::Options { container: false, externals, tcp: self.tcp.into() };
         Refusals::check(report.phase("pre-flight", |_| preflight::look(root, &options))?)?;
+        let signals = watched::hold_back();
         let mut writer = CheckpointWriter::create(&self.out)?;
-        let captured = checkpoint::capture(root, &mut writer, &options, report)?;
+        let mut watched = Watched::new(&mut writer, signals);
+        let captured = checkpoint::capture(root, &mut watched, &options, report);
+        let captured = watched.conclude(captured)?;
         self.conclude(writer, captured, report, Captured::release, Captured::end)
     }
 
@@ -156,15 +160,18 @@ impl Checkpoint {
         context: &Context,
         name: &Name,
         report: &mut Report,
-    ) -> anyhow::Result<(Committed, u64)> {
+    ) -> Result<(Committed, u64), Failure> {
         let registry = context.registry();
         if !self.external.is_empty() {
-            anyhow::bail!("a container has no external files; --external is for process trees (pid:N)");
+            return Err(anyhow::anyhow!("a container has no external files; --external is for pid:N").into());
         }
         let source = Source::find(&registry, name)?.with_tcp(self.tcp.into());
         report.phase("pre-flight", |_| source.refuse_early(&registry))?;
+        let signals = watched::hold_back();
         let mut writer = CheckpointWriter::create(&self.out)?;
-        let captured = source.capture(&registry, &mut writer, report)?;
+        let mut watched = Watched::new(&mut writer, signals);
+        let captured = source.capture(&registry, &mut watched, report);
+        let captured = watched.conclude(captured)?;
         self.conclude(writer, captured, report, CapturedContainer::release, |captured| {
             captured.end(&registry)
         })
@@ -179,7 +186,7 @@ impl Checkpoint {
         report: &mut Report,
         release: impl FnOnce(C) -> Result<(), E>,
         end: impl FnOnce(C) -> Result<(), E>,
-    ) -> anyhow::Result<(Committed, u64)> {
+    ) -> Result<(Committed, u64), Failure> {
         let meta = Meta::new(kernel_release(), Vec::new());
         if self.leave_running {
             release(captured)?;
