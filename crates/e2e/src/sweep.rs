@@ -17,7 +17,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Pid;
 
 use crate::limosa::{self, Said};
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, describe, processes};
 use crate::wait_for;
 
 /// How long after Limosa's death the source may take to be as it was.
@@ -62,66 +62,90 @@ pub fn points(total: u64, some: u64, tail: u64) -> BTreeSet<u64> {
     spread.chain(total.saturating_sub(tail).max(1)..=total + 1).collect()
 }
 
-/// What Limosa could leave in a process: mappings, descriptors, threads' signal masks.
+/// What Limosa could leave behind in the sandbox: processes of its own, and in each process mappings, descriptors,
+/// threads' signal masks and stops.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Footprint {
-    mappings: Vec<String>,
-    descriptors: BTreeSet<OsString>,
-    masks: BTreeSet<(String, String)>,
+    things: BTreeSet<String>,
+    /// The same of threads and processes that job control has stopped. They cannot leave the code of a killed visit until
+    /// they run again.
+    stopped: BTreeSet<String>,
 }
 
 impl Footprint {
-    /// Looks at a process; fails where a thread of it is traced or stopped.
-    pub fn of(pid: Pid) -> Result<Self> {
-        let directory = format!("/proc/{}", pid.as_raw_pid());
-        let maps = fs::read_to_string(format!("{directory}/maps"))?;
-        let mut masks = BTreeSet::new();
-        for task in fs::read_dir(format!("{directory}/task"))? {
-            let task = task?;
-            let status = fs::read_to_string(task.path().join("status"))?;
-            let field = |name: &str| {
-                let line = status.lines().find_map(|line| line.strip_prefix(name));
-                line.map(str::trim).with_context(|| format!("no {name} in {}", task.path().display()))
-            };
-            let (tracer, state) = (field("TracerPid:")?, field("State:")?);
-            ensure!(tracer == "0", "{} is traced by {tracer}", task.path().display());
-            ensure!(!state.starts_with(['t', 'T']), "{} is stopped", task.path().display());
-            masks.insert((task.file_name().to_string_lossy().into_owned(), field("SigBlk:")?.to_owned()));
+    /// Looks at all processes of the sandbox; fails where a thread is traced.
+    pub fn take() -> Result<Self> {
+        let (mut things, mut stopped) = (BTreeSet::new(), BTreeSet::new());
+        for pid in processes()? {
+            let mut own = BTreeSet::new();
+            if look_at(pid, &mut own).with_context(|| describe(pid))? {
+                things.insert(format!("{} is stopped", pid.as_raw_pid()));
+                stopped.extend(own);
+            } else {
+                things.extend(own);
+            }
         }
-        let descriptors = fs::read_dir(format!("{directory}/fd"))?
-            .map(|entry| Ok(entry?.file_name()))
-            .collect::<Result<_>>()?;
-        Ok(Self { mappings: maps.lines().map(ToOwned::to_owned).collect(), descriptors, masks })
+        Ok(Self { things, stopped })
     }
 
-    /// Waits until the process is again as it was.
-    pub fn returns(&self, pid: Pid) -> Result<()> {
+    /// Fails unless the stopped processes are as they were at `first`.
+    pub fn stopped_are_as(&self, first: &Self) -> Result<()> {
+        let new: Vec<_> = self.stopped.symmetric_difference(&first.stopped).collect();
+        ensure!(new.is_empty(), "in stopped processes: {new:#?}");
+        Ok(())
+    }
+
+    /// Waits until all processes are again as they were.
+    pub fn returns(&self) -> Result<()> {
         let mut last = None;
         let again = wait_for("the source as it was before Limosa", PATIENCE, || {
-            last = Some(Self::of(pid));
-            Ok(matches!(&last, Some(Ok(now)) if now == self).then_some(()))
+            last = Some(Self::take());
+            Ok(matches!(&last, Some(Ok(now)) if now.things == self.things).then_some(()))
         });
         match (again, last) {
             (Ok(()), _) => Ok(()),
-            (Err(error), Some(Ok(now))) => bail!("{error:#}: {}", self.difference(&now)),
+            (Err(error), Some(Ok(now))) => {
+                let gone: Vec<_> = self.things.difference(&now.things).collect();
+                let new: Vec<_> = now.things.difference(&self.things).collect();
+                bail!("{error:#}: gone {gone:#?}, new {new:#?}")
+            }
             (Err(_), Some(Err(error))) | (Err(error), None) => Err(error),
         }
     }
+}
 
-    fn difference(&self, now: &Self) -> String {
-        let lines = |own: &[String], other: &[String]| -> Vec<String> {
-            own.iter().filter(|line| !other.contains(line)).cloned().collect()
-        };
-        format!(
-            "mappings gone {:?}, new {:?}; descriptors {:?}, now {:?}; masks {:?}, now {:?}",
-            lines(&self.mappings, &now.mappings),
-            lines(&now.mappings, &self.mappings),
-            self.descriptors,
-            now.descriptors,
-            self.masks.difference(&now.masks),
-            now.masks.difference(&self.masks),
-        )
+/// Adds all that one process has, each with its PID; gives whether it is stopped.
+fn look_at(pid: Pid, things: &mut BTreeSet<String>) -> Result<bool> {
+    let number = pid.as_raw_pid();
+    let directory = format!("/proc/{number}");
+    let stat = fs::read_to_string(format!("{directory}/stat"))?;
+    let fields: Vec<_> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
+    if let ["Z", parent, ..] = fields[..] {
+        // Limosa's own helpers are reaped by process 1, which is the test, at its end.
+        if parent != "1" {
+            things.insert(format!("{number} zombie"));
+        }
+        return Ok(false);
     }
+    let mut stopped = false;
+    let maps = fs::read_to_string(format!("{directory}/maps"))?;
+    things.extend(maps.lines().map(|line| format!("{number} maps {line}")));
+    for task in fs::read_dir(format!("{directory}/task"))? {
+        let task = task?;
+        let status = fs::read_to_string(task.path().join("status"))?;
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.map(str::trim).with_context(|| format!("no {name} in {}", task.path().display()))
+        };
+        let (tracer, state, mask) = (field("TracerPid:")?, field("State:")?, field("SigBlk:")?);
+        ensure!(tracer == "0", "{} is traced by {tracer}", task.path().display());
+        stopped |= state.starts_with('T');
+        things.insert(format!("{} blocks {mask}", task.path().display()));
+    }
+    for entry in fs::read_dir(format!("{directory}/fd"))? {
+        things.insert(format!("{number} descriptor {}", entry?.file_name().to_string_lossy()));
+    }
+    Ok(stopped)
 }
 
 /// What unfinished checkpoints left beside `out`: a killed run leaves one at most, which the next one removes.

@@ -227,22 +227,38 @@ impl Resident {
     }
 }
 
-/// clone3(2) like fork(2); the child jumps to `entry` with `r12` = `mailbox` and never returns to Rust.
+/// clone3(2) like fork(2); the child jumps to `entry` with `r12` = `mailbox` and never returns to Rust. It ends with
+/// the calling thread, even if that is killed before it can seize the child.
 fn fork_into(entry: u64, mailbox: u64) -> std::io::Result<i32> {
     let arguments: [u64; 11] = [0, 0, 0, 0, libc::SIGCHLD as u64, 0, 0, 0, 0, 0, 0];
     let result: i64;
     // SAFETY: the parent only gets a number back. The child, which shares no memory with the parent but the
-    // arena, executes from here on only the stub at `entry` and touches neither stack nor heap.
+    // arena, executes from here on only these system calls without pointers and the stub at `entry`, and touches
+    // neither stack nor heap.
     unsafe {
         std::arch::asm!(
             "syscall",
             "test rax, rax",
             "jnz 2f",
-            "mov r12, {mailbox}",
-            "jmp {entry}",
+            "mov edi, 1", // PR_SET_PDEATHSIG
+            "mov esi, 9",
+            "mov eax, 157", // prctl
+            "syscall",
+            // A parent that died before that call sends no signal.
+            "mov eax, 110", // getppid
+            "syscall",
+            "cmp eax, r10d",
+            "jne 3f",
+            "mov r12, r8",
+            "jmp r9",
+            "3: xor edi, edi",
+            "mov eax, 60", // exit
+            "syscall",
+            "ud2",
             "2:",
-            mailbox = in(reg) mailbox,
-            entry = in(reg) entry,
+            in("r8") mailbox,
+            in("r9") entry,
+            in("r10") u64::from(std::process::id()),
             inlateout("rax") libc::SYS_clone3 => result,
             in("rdi") arguments.as_ptr(),
             in("rsi") size_of_val(&arguments),

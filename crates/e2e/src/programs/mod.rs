@@ -13,7 +13,7 @@ pub use bash::Bash;
 pub use nginx::Nginx;
 pub use postgres::Postgres;
 pub use python::Python;
-pub use redis::Redis;
+pub use redis::{PORT as REDIS_PORT, Redis};
 
 use std::ffi::OsStr;
 use std::fs::File;

@@ -12,7 +12,8 @@ use rustix::process::Pid;
 use super::{Program, connect, start};
 use crate::sandbox::Sandbox;
 
-const PORT: u16 = 6390;
+/// Where it listens, on 127.0.0.1.
+pub const PORT: u16 = 6390;
 const PATIENCE: Duration = Duration::from_secs(30);
 const COUNTERS: u64 = 16;
 

@@ -204,6 +204,23 @@ fn socket_number(tree: &Tree) -> Result<i32, RestoreError> {
     }
 }
 
+/// Has the kernel end the process with its parent, also one that died already, of which no signal comes any more.
+fn end_with_the_parent(program: &mut Program, socket_number: i32) {
+    program.call(
+        "end with the parent",
+        libc::SYS_prctl,
+        [libc::PR_SET_PDEATHSIG.into(), libc::SIGKILL.into()],
+    );
+    // A program has no conditions. While the controller lives, looking into its socket gives EAGAIN (or a message of at
+    // least 1), with which seccomp fails. Once it is dead the socket is at its end: 0 is SECCOMP_SET_MODE_STRICT, and
+    // the next call ends the process.
+    let byte = program.space(1);
+    let look = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    let arguments = [socket_number.into(), byte.into(), 1.into(), look.into(), 0.into(), 0.into()];
+    let seen = program.try_call("look whether the controller lives", libc::SYS_recvfrom, arguments);
+    program.try_call("end if it does not", libc::SYS_seccomp, [seen.into(), 0.into(), 0.into()]);
+}
+
 /// The program a node runs first.
 pub(crate) fn first_program(
     tree: &Tree,
@@ -213,11 +230,7 @@ pub(crate) fn first_program(
     socket_number: i32,
 ) -> Program {
     let mut program = Program::new();
-    program.call(
-        "end with the parent",
-        libc::SYS_prctl,
-        [libc::PR_SET_PDEATHSIG.into(), libc::SIGKILL.into()],
-    );
+    end_with_the_parent(&mut program, socket_number);
     for step in &plan.nodes[node].steps {
         match step {
             Step::OwnSession => {

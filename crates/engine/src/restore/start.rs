@@ -35,7 +35,9 @@ pub(crate) fn start_all(tree: &Tree, nursery: &mut Nursery) -> Result<(), Restor
     }
     // From here on the tree runs; there is no way back that would not be seen.
     nursery.released = true;
-    for actor in &actors {
+    // The root's leader last: if we are killed before, it dies with us, and with it all of its process and of a PID
+    // namespace that it leads.
+    for actor in actors.iter().rev() {
         ptrace::detach(actor.tid, 0)?;
     }
     Ok(())
