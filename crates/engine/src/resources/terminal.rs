@@ -29,6 +29,7 @@ const N_TTY: u8 = 0;
 
 /// A pseudo-terminal.
 #[derive(Debug, Serialize, Deserialize)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of the kernel's own")]
 pub struct Terminal {
     /// The N of `/dev/pts/N`.
     pub index: u32,
