@@ -74,7 +74,7 @@ pub fn capture(
     report.phase("sharing", |_| refuse_sharing(&frozen))?;
     let mut spaces = SpaceAllocator::default();
     let mut shared = SharedObjects::default();
-    let namespaces = NamespaceState::capture(&views[0], options.container, sink)?;
+    let namespaces = NamespaceState::capture(&views[0], options.container, Some(&mut *sink))?;
     let mut processes = report.phase("ask", |_| ask_all(&frozen, &views, &mut spaces, &mut shared))?;
     let (descriptions, network, terminals) = report.phase("descriptors", |_| {
         capture_descriptors(&views, &mut processes, sink, &mut spaces, &mut shared, options)

@@ -58,7 +58,7 @@ pub fn look(root: i32, options: &Options) -> Result<Vec<Refusal>, CaptureError> 
         refusals.extend(MappingState::refusals(view, &mut shared));
     }
     if let Some(root) = views.first() {
-        note(&mut refusals, NamespaceState::capture(root, options.container, &mut Nowhere));
+        note(&mut refusals, NamespaceState::capture(root, options.container, None));
     }
     refusals.extend(descriptors(&views, &mut shared, options));
     Ok(refusals)

@@ -47,8 +47,12 @@ pub struct NamespaceState {
 
 impl NamespaceState {
     /// What namespaces the tree with this root has of its own. `supported` says that they can be prepared again. The
-    /// content of memory filesystems goes into `sink`.
-    pub fn capture(root: &ProcessView, supported: bool, sink: &mut dyn Sink) -> Result<Self, CaptureError> {
+    /// content of memory filesystems goes into `sink`; without one only the rest is looked at, to see what is refused.
+    pub fn capture(
+        root: &ProcessView,
+        supported: bool,
+        sink: Option<&mut dyn Sink>,
+    ) -> Result<Self, CaptureError> {
         let host = ProcDir::open(std::process::id() as i32)?;
         let mut own = Vec::new();
         for kind in NsKind::ALL {

@@ -96,8 +96,8 @@ fn text(bytes: &[u8]) -> String {
 
 impl Mounts {
     /// Captures the mounts of the container whose root process is `root`, and puts the content of its tmpfs into
-    /// `sink`.
-    pub fn capture(root: &ProcessView, sink: &mut dyn Sink) -> Result<Self, CaptureError> {
+    /// `sink`, if there is one.
+    pub fn capture(root: &ProcessView, mut sink: Option<&mut dyn Sink>) -> Result<Self, CaptureError> {
         let found = root.proc.mountinfo()?;
         let namespace = namespace::of_process(root.pid, Kind::Mount)?;
         let mut points = HashSet::new();
@@ -123,7 +123,10 @@ impl Mounts {
                 let reason = format!("a {kind} is mounted on {point}, which this version cannot carry");
                 return Err(refuse(root, reason, mount));
             }
-            let content = if is_tmpfs { Some(store(root, &namespace, mount, sink, number)?) } else { None };
+            let content = match &mut sink {
+                Some(sink) if is_tmpfs => Some(store(root, &namespace, mount, &mut **sink, number)?),
+                _ => None,
+            };
             mounts.push(Mount {
                 flags: flags(&mount.options),
                 options: options(mount).into(),
