@@ -294,7 +294,7 @@ pub(super) fn final_program(
     tree: &Tree,
     (process, body): (&Process, &Body),
     checkpoint: &Checkpoint,
-    finishing: Finishing,
+    finishing: &mut Finishing,
     mut deliver: impl FnMut(i32, Program) -> Result<Cradle, RestoreError>,
 ) -> Result<Program, RestoreError> {
     let mut program = Program::new();
@@ -351,18 +351,19 @@ fn complete(
     objects: &mut Objects,
 ) -> Result<(), RestoreError> {
     let mut threads: Vec<Birth> = Vec::with_capacity(body.threads.len() - 1);
-    let finishing = Finishing {
+    let mut finishing = Finishing {
         completions: &mut objects.completions,
         owned: &mut objects.owned,
         socket_number: nursery.socket_number,
     };
     let arena = &mut nursery.arena;
-    let program = final_program(tree, (&tree.processes[index], body), checkpoint, finishing, |_, own| {
-        let birth = Birth::new(arena, own)?;
-        let cradle = Cradle::from(&birth);
-        threads.push(birth);
-        Ok(cradle)
-    })?;
+    let program =
+        final_program(tree, (&tree.processes[index], body), checkpoint, &mut finishing, |_, own| {
+            let birth = Birth::new(arena, own)?;
+            let cradle = Cradle::from(&birth);
+            threads.push(birth);
+            Ok(cradle)
+        })?;
     let given: Vec<BorrowedFd> = body
         .descriptors
         .iter()

@@ -37,11 +37,12 @@ impl Planned<'_> {
             section(&mut text, planned.pid, "makes its mappings", &mappings.to_string());
             let mut threads = Vec::new();
             let mut completions = HashMap::new();
-            let finishing = Finishing { completions: &mut completions, owned: &mut owned, socket_number };
-            let last = final_program(&self.tree, (process, body), self.checkpoint, finishing, |tid, own| {
-                threads.push((tid, own.to_string()));
-                Ok(births::Cradle::default())
-            })?;
+            let mut finishing = Finishing { completions: &mut completions, owned: &mut owned, socket_number };
+            let last =
+                final_program(&self.tree, (process, body), self.checkpoint, &mut finishing, |tid, own| {
+                    threads.push((tid, own.to_string()));
+                    Ok(births::Cradle::default())
+                })?;
             section(&mut text, planned.pid, "gets its descriptors and attributes", &last.to_string());
             for (tid, own) in threads {
                 let _ =
