@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, wait};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, wait, waitpid};
 
 /// How long killed processes may take to be gone.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -34,6 +34,17 @@ pub struct Traces {
 /// Reaps all children that have ended. Only while no [`crate::limosa::Running`] waits for one of them.
 pub fn reap() {
     while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
+}
+
+/// Reaps children that have ended, but for `running`, which somebody waits for. A process of a container whose parent
+/// outside was killed is such a child, and the container's first process does not end before it is reaped.
+pub fn reap_orphans(running: Pid) {
+    let this = rustix::process::getpid();
+    for pid in all_processes() {
+        if pid != running && parent(pid) == Some(this) {
+            let _ = waitpid(Some(pid), WaitOptions::NOHANG);
+        }
+    }
 }
 
 impl Traces {

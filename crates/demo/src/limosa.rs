@@ -192,6 +192,11 @@ impl Running {
         }
     }
 
+    /// Its process.
+    pub fn pid(&self) -> rustix::process::Pid {
+        rustix::process::Pid::from_child(&self.child)
+    }
+
     /// How long it has been running.
     pub fn age(&self) -> Duration {
         self.begun.elapsed()

@@ -244,12 +244,20 @@ impl Stage {
     fn remove_container(&self, host: &Host) -> Vec<String> {
         let path = host.state_dir.join("containers").join(self.name());
         if path.exists()
-            && let Err(error) = self.limosa.run(host, &self.interrupt, ["rm", "--force", &self.name()])
+            && let Err(error) = self.force_remove(host)
         {
             return vec![format!("{error:#}")];
         }
         let kept = std::fs::read_dir(host.state_dir.join("containers")).into_iter().flatten().flatten();
         let kept = kept.filter(|entry| entry.file_name() != ".lock");
         kept.map(|entry| format!("file {}", entry.path().display())).collect()
+    }
+
+    fn force_remove(&self, host: &Host) -> Result<()> {
+        let mut running = self.limosa.start(host, ["rm", "--force", &self.name()])?;
+        while running.step()? {
+            inventory::reap_orphans(running.pid());
+        }
+        running.finish().map(drop)
     }
 }
