@@ -73,6 +73,11 @@ fn a_detached_container_leaves_no_process_of_limosa() {
         host.says(&["run", "one", "--detach", "--", "sh", "-c", "echo hello; exec sleep 1000"]),
         "one\n"
     );
+    // The shell needs a moment to become its command.
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while children() == ["sh"] && std::time::Instant::now() < until {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
     assert_eq!(children(), ["sleep"]);
     let list = host.list();
     assert_eq!(

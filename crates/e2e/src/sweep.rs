@@ -50,7 +50,8 @@ pub fn count(sandbox: &Sandbox, arguments: &[OsString]) -> Result<u64> {
     Ok(text.parse()?)
 }
 
-/// Where to kill a run of `total` operations: evenly spread, beginning somewhere; each of the last `tail`, too.
+/// Where to kill a run of `total` operations: evenly spread, beginning somewhere; each of the last `tail`, too, and some
+/// beyond: how many operations a run has depends a little on what the scheduler does.
 pub fn points(total: u64, some: u64, tail: u64) -> BTreeSet<u64> {
     let full = std::env::var_os("LIMOSA_SWEEP").is_some_and(|value| value == "full");
     let wanted = if full { 1000 } else { some };
@@ -59,7 +60,7 @@ pub fn points(total: u64, some: u64, tail: u64) -> BTreeSet<u64> {
     let first = 1 + u64::from(now.subsec_nanos()) % stride;
     let spread = (first..=total).step_by(stride as usize);
     let tail = if full { tail * 4 } else { tail };
-    spread.chain(total.saturating_sub(tail).max(1)..=total + 1).collect()
+    spread.chain(total.saturating_sub(tail).max(1)..=total + tail / 4).collect()
 }
 
 /// What Limosa could leave behind in the sandbox: processes of its own, and in each process mappings, descriptors,
