@@ -177,11 +177,12 @@ fn tree(pids: &[Pid]) -> Result<String> {
 
 fn line_of(pid: Pid) -> Result<String> {
     let path = format!("/proc/{}/stat", pid.as_raw_pid());
-    // A child that has just answered may still be between two naps: look again until it sleeps.
+    // A child that has just answered may still be between two naps (R), or wait for a page (D): look again until it
+    // sleeps.
     for _ in 0..500 {
         let stat = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
         let fields: Vec<_> = stat.split(' ').take(6).collect();
-        if fields.get(2) != Some(&"R") {
+        if !matches!(fields.get(2), Some(&("R" | "D"))) {
             return Ok(fields.join(" "));
         }
         std::thread::sleep(Duration::from_millis(1));
