@@ -56,11 +56,14 @@ round_trips! {
     watchers: "watchers";
 
     pipes: "pipes";
+    unix_sockets: "sockets-unix";
+    peers_of_unix_sockets: "sockets-peers";
 }
 
 refusals! {
     inet_sockets_are_refused: "sockets-inet" [] "socket";
-    unix_sockets_are_refused: "sockets-unix" [] "socket";
+    unix_sockets_are_refused: "sockets-unix" ["waiting"] "socket";
+    a_descriptor_only_in_flight_is_refused: "sockets-unix" ["in-flight"] "in flight";
 }
 
 #[test]

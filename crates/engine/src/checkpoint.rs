@@ -19,6 +19,7 @@ use crate::error::{CaptureError, Refusal};
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::memory::{self, SpaceAllocator};
 use crate::network::{self, Network};
+use crate::peers;
 use crate::report::Report;
 use crate::resources::file_locks;
 use crate::resources::mapping::MappingState;
@@ -257,7 +258,7 @@ fn capture_body(
     })
 }
 
-fn locate_vdso(view: &ProcessView, memory: &ForeignMemory) -> Result<Vdso, CaptureError> {
+pub(crate) fn locate_vdso(view: &ProcessView, memory: &ForeignMemory) -> Result<Vdso, CaptureError> {
     let mapping =
         view.mappings.iter().find(|mapping| mapping.name == MappingName::Vdso).ok_or_else(|| {
             Refusal::process(view.pid, "it has no vDSO", "run it on a kernel with vdso enabled (no vdso=0)")
@@ -313,6 +314,7 @@ fn capture_descriptors(
     }
     let own_pids: HashMap<i32, i32> = views.iter().map(|view| (view.pid, view.own_pid)).collect();
     let mut network = Network::look(views[0].pid, &found, options.tcp)?;
+    network.peers = peers::ask(&found, &own_pids)?;
     let mut context = CaptureContext::new(
         sink,
         spaces,

@@ -9,6 +9,7 @@ mod error;
 mod freeze;
 pub mod memory;
 pub mod network;
+mod peers;
 mod plan;
 pub mod preflight;
 mod report;

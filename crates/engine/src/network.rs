@@ -109,6 +109,8 @@ pub struct Network {
     places: Vec<Locked>,
     connections: HashMap<u64, Result<Snapshot, SnapshotError>>,
     unix: HashMap<u64, UnixSocket>,
+    /// The PID in the tree of the peers of unix sockets, by the socket's inode number: of those that had to be asked for.
+    pub(crate) peers: HashMap<u64, i32>,
     /// What becomes of the connections.
     pub(crate) tcp: TcpConnections,
 }

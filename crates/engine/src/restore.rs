@@ -12,6 +12,7 @@ mod build;
 mod descriptors;
 mod explain;
 mod inside;
+mod makers;
 mod start;
 
 use std::collections::HashMap;
@@ -35,6 +36,7 @@ use crate::resources::{shared_memory, terminal};
 use crate::state::{Life, TREE, Tree};
 
 pub(crate) use inside::Inside;
+pub(crate) use makers::{Goal, Makers};
 
 /// Sparse; what is used of it is a few hundred bytes for each object.
 const ARENA_SIZE: u64 = 8 << 30;
@@ -134,6 +136,7 @@ impl<'a> Planned<'a> {
                 &pids,
                 &terminals,
                 ipc.as_fd(),
+                &mut Makers::new(&mut nursery),
             )?;
             Ok((objects, network))
         })?;

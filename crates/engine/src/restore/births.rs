@@ -205,7 +205,7 @@ fn socket_number(tree: &Tree) -> Result<i32, RestoreError> {
 }
 
 /// Has the kernel end the process with its parent, also one that died already, of which no signal comes any more.
-fn end_with_the_parent(program: &mut Program, socket_number: i32) {
+pub(super) fn end_with_the_parent(program: &mut Program, socket_number: i32) {
     program.call(
         "end with the parent",
         libc::SYS_prctl,

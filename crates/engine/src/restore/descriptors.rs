@@ -10,6 +10,7 @@ use limosa_puppet::{Data, Program};
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
+use super::Makers;
 use crate::error::RestoreError;
 use crate::network::Starter;
 use crate::resources::context::Completion;
@@ -47,6 +48,7 @@ pub(crate) fn rebuild_all(
     pids: &HashMap<i32, i32>,
     terminals: &[Rebuilt],
     ipc: BorrowedFd,
+    makers: &mut Makers<'_>,
 ) -> Result<Objects, RestoreError> {
     let shared = rebuild_shared(tree, checkpoint, root.as_fd(), ipc)?;
     let own_root = root.try_clone().map_err(|source| RestoreError::Rebuild {
@@ -71,7 +73,7 @@ pub(crate) fn rebuild_all(
     }
     let starters = context.take_starters();
     drop(context);
-    rebuild_unix_sockets(tree, &mut descriptions, &own_root)?;
+    rebuild_unix_sockets(tree, &mut descriptions, &own_root, pids, makers)?;
     Ok(Objects {
         descriptions,
         shared,
@@ -88,6 +90,8 @@ fn rebuild_unix_sockets(
     tree: &Tree,
     descriptions: &mut [OwnedFd],
     root: &OwnedFd,
+    pids: &HashMap<i32, i32>,
+    makers: &mut Makers<'_>,
 ) -> Result<(), RestoreError> {
     let sockets: Vec<_> = tree
         .descriptions
@@ -98,7 +102,10 @@ fn rebuild_unix_sockets(
             _ => None,
         })
         .collect();
-    for (index, socket) in unix_socket::rebuild::assemble(&sockets, descriptions, root.as_fd())? {
+    if sockets.is_empty() {
+        return Ok(());
+    }
+    for (index, socket) in unix_socket::rebuild::assemble(&sockets, descriptions, root.as_fd(), pids, makers)? {
         set_status(&socket, tree.descriptions[index].flags, "unix socket")?;
         descriptions[index] = socket;
     }

@@ -10,6 +10,7 @@ pub mod rtnetlink;
 pub mod inject;
 pub mod nft;
 pub mod peek;
+pub mod peer;
 pub mod raw;
 pub mod sock_diag;
 pub mod sockopt;

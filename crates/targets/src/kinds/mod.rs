@@ -15,6 +15,7 @@ mod seccomp;
 mod signals;
 mod sleeps;
 mod sockets_inet;
+mod sockets_peers;
 mod sockets_unix;
 mod terminal;
 mod threads;
@@ -56,6 +57,7 @@ const KINDS: &[(&str, SetUp)] = &[
     ("signals", signals::set_up),
     ("sleeps", sleeps::set_up),
     ("sockets-inet", sockets_inet::set_up),
+    ("sockets-peers", sockets_peers::set_up),
     ("sockets-unix", sockets_unix::set_up),
     ("terminal", terminal::set_up),
     ("threads", threads::set_up),

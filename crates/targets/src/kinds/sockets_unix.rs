@@ -1,8 +1,8 @@
-//! Unix sockets: pairs of the three types with data queued, listening ones with a connection that waits, descriptors in
-//! flight, names, options.
+//! Unix sockets: pairs of the three types with data queued, listening ones, descriptors in flight, names, options. With the
+//! option `waiting`, a connection that has data and waits to be accepted; with `in-flight`, a descriptor that nobody else has.
 
 use std::fs;
-use std::io::{IoSlice, IoSliceMut, PipeReader, Read, Write};
+use std::io::{IoSlice, IoSliceMut, PipeReader, PipeWriter, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
@@ -24,7 +24,7 @@ struct State {
     half_closed: (UnixStream, UnixStream),
     listener: UnixListener,
     listener_path: PathBuf,
-    waiting: UnixStream,
+    waiting: Option<UnixStream>,
     abstract_listener: UnixListener,
     abstract_name: SocketAddr,
     bound: UnixDatagram,
@@ -32,6 +32,9 @@ struct State {
     sender_path: PathBuf,
     carrier: (UnixStream, UnixStream),
     pipe: PipeReader,
+    /// The writing end that is in flight, unless nobody is to have it.
+    also: Option<PipeWriter>,
+    only_in_flight: bool,
 }
 
 pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
@@ -62,12 +65,13 @@ pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
     let sender = UnixDatagram::bind(&sender_path)?;
     sender.connect(&bound_path)?;
     let (pipe, _) = std::io::pipe()?;
+    let wanted = setting.options.iter().any(|option| option == "waiting");
     let mut state = State {
         stream,
         datagrams: UnixDatagram::pair()?,
         packets,
         half_closed,
-        waiting: connect_and_write(&listener_path)?,
+        waiting: if wanted { Some(connect_and_write(&listener_path)?) } else { None },
         listener,
         listener_path,
         abstract_listener,
@@ -77,6 +81,8 @@ pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
         sender_path,
         carrier: UnixStream::pair()?,
         pipe,
+        also: None,
+        only_in_flight: setting.options.iter().any(|option| option == "in-flight"),
     };
     state.fill()?;
     let options = state.options()?;
@@ -110,7 +116,7 @@ impl State {
         send(&self.packets.0, &sys::pattern(700, 3), SendFlags::empty())?;
         send(&self.packets.0, &sys::pattern(5, 4), SendFlags::empty())?;
         self.sender.send(b"with an address")?;
-        // A pipe whose only writing end is inside of a message.
+        // A pipe whose writing end is inside of a message.
         let (read, mut write) = std::io::pipe()?;
         write.write_all(b"from flight")?;
         let mut space = [MaybeUninit::uninit(); 64];
@@ -119,6 +125,7 @@ impl State {
         ensure!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
         sendmsg(&self.carrier.0, &[IoSlice::new(b"descriptor")], &mut control, SendFlags::empty())?;
         self.pipe = read;
+        self.also = (!self.only_in_flight).then_some(write);
         Ok(())
     }
 
@@ -162,13 +169,15 @@ impl State {
     }
 
     fn check_listeners(&mut self) -> Result<()> {
-        let (mut accepted, _) = self.listener.accept()?;
         let mut bytes = [0; 13];
-        accepted.read_exact(&mut bytes)?;
-        ensure!(&bytes == b"before accept", "what was sent before accept is lost");
-        accepted.write_all(b"after")?;
-        self.waiting.read_exact(&mut bytes[..5])?;
-        self.waiting = connect_and_write(&self.listener_path)?;
+        if let Some(mut waiting) = self.waiting.take() {
+            let (mut accepted, _) = self.listener.accept()?;
+            accepted.read_exact(&mut bytes)?;
+            ensure!(&bytes == b"before accept", "what was sent before accept is lost");
+            accepted.write_all(b"after")?;
+            waiting.read_exact(&mut bytes[..5])?;
+            self.waiting = Some(connect_and_write(&self.listener_path)?);
+        }
         let mut client = UnixStream::connect_addr(&self.abstract_name).context("the abstract name")?;
         client.write_all(b"x")?;
         self.abstract_listener.accept()?.0.read_exact(&mut bytes[..1])?;
@@ -189,6 +198,7 @@ impl State {
         ensure!(&bytes == b"descriptor" && received.len() == 1, "{} descriptors came", received.len());
         rustix::io::write(&received[0], b" and more")?;
         drop(received);
+        self.also = None;
         let mut text = String::new();
         self.pipe.read_to_string(&mut text)?;
         ensure!(text == "from flight and more", "the pipe in flight held {text:?}");

@@ -3,10 +3,11 @@
 use std::os::fd::{AsFd, AsRawFd};
 
 use limosa_kernel::net::sock_diag::{self, UnixName};
+use limosa_kernel::net::peer::{self, Peer};
 use limosa_kernel::net::{peek, raw, sockopt};
 use limosa_kernel::task::{self, Comparison};
 
-use super::{Kind, Message, Name, Role, SocketFile, UnixSocket, shut};
+use super::{Identity, Kind, Message, Name, Role, SocketFile, UnixSocket, shut};
 use crate::error::CaptureError;
 use crate::network;
 use crate::resources::CaptureContext;
@@ -43,6 +44,7 @@ pub(super) fn capture(
         write_shut,
         queue,
         options: network::to_state(sockopt::capture(&view.descriptor)?),
+        peer: peer(view, context)?,
         peek_offset: sockopt::peek_offset(&view.descriptor)?,
     })
 }
@@ -80,6 +82,23 @@ fn role(
     }
 }
 
+/// Who the kernel says made the connection.
+fn peer(view: &DescriptionView, context: &CaptureContext) -> Result<Option<Identity>, CaptureError> {
+    let peer = peer::peer(&view.descriptor)?;
+    Ok(peer.map(|Peer { pid, uid, gid, groups }| Identity {
+        pid: context.network.peers.get(&view.stat.st_ino).copied().unwrap_or_else(|| own_pid(view, pid, context)),
+        uid,
+        gid,
+        groups,
+    }))
+}
+
+/// The PID in the tree of a process that Limosa sees, or saw; 0 where the tree cannot see it, or nothing tells.
+fn own_pid(view: &DescriptionView, pid: i32, context: &CaptureContext) -> i32 {
+    let one_namespace = view.process.pid == view.process.own_pid;
+    context.own_pids.get(&pid).copied().unwrap_or(if one_namespace { pid } else { 0 })
+}
+
 fn queue(view: &DescriptionView, context: &CaptureContext) -> Result<Vec<Message>, CaptureError> {
     let messages = peek::receive_queue(view.descriptor.as_fd())?;
     let mut queue = Vec::with_capacity(messages.len());
@@ -89,7 +108,10 @@ fn queue(view: &DescriptionView, context: &CaptureContext) -> Result<Vec<Message
             rights.push(description_of(view, right, context)?);
         }
         let from = message.sender.get(2..).and_then(UnixName::from_sun_path).map(Name::from);
-        queue.push(Message { data: message.data.into(), from, rights });
+        // A message from before the socket asked for credentials has none: the kernel shows process 0.
+        let credentials = message.credentials.filter(|(pid, ..)| *pid != 0);
+        let credentials = credentials.map(|(pid, uid, gid)| (own_pid(view, pid, context), uid, gid));
+        queue.push(Message { data: message.data.into(), from, rights, credentials });
     }
     Ok(queue)
 }

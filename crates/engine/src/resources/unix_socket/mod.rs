@@ -8,9 +8,9 @@
 //! it again, as to `/dev/log`); connections not yet accepted, which cannot be read without accepting them; a descriptor in
 //! flight that no process of the tree has open.
 //!
-//! Not kept yet: peer credentials (`SO_PEERCRED`) are those of Limosa, which makes the connection. The kernel takes
-//! them from the process that calls socketpair(2), connect(2) or listen(2), so this wants a program in the puppets.
-//! Credentials of queued messages (`SCM_CREDENTIALS`) are those of Limosa for the same reason.
+//! Peer credentials (`SO_PEERCRED`) come back as `crate::restore::Makers` tells. Credentials of queued messages
+//! (`SCM_CREDENTIALS`) come back where the socket asks for them (`SO_PASSCRED`); of a sender that has ended, without its
+//! process ID.
 
 use std::os::fd::OwnedFd;
 
@@ -48,6 +48,22 @@ pub struct UnixSocket {
     pub options: Vec<OptionState>,
     /// `SO_PEEK_OFF`; -1 where it is not used.
     pub peek_offset: i32,
+    /// Who made the connection as this end sees it; of a listening socket, what those that connect see.
+    #[serde(default)]
+    pub peer: Option<Identity>,
+}
+
+/// The process that made a connection, as the kernel noted it then.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Its ID in the tree's PID namespace; 0 where it cannot be seen from there.
+    pub pid: i32,
+    /// Effective user.
+    pub uid: u32,
+    /// Effective group.
+    pub gid: u32,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
 }
 
 /// The type of a unix socket.
@@ -128,6 +144,9 @@ pub struct Message {
     pub from: Option<Name>,
     /// Descriptors sent with the first byte, by index of the description.
     pub rights: Vec<usize>,
+    /// The sender's process (0 where the tree cannot see it), user and group, where the socket asks for them.
+    #[serde(default)]
+    pub credentials: Option<(i32, u32, u32)>,
 }
 
 impl DescriptorKind for UnixSocket {

@@ -12,13 +12,15 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use limosa_kernel::net::sockopt::{self, Phase};
 use limosa_kernel::net::raw;
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, Uid};
+use rustix::process::Pid;
 use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, UCred,
 };
 
 use super::{Kind, Message, Name, Role, SocketFile, UnixSocket};
 use crate::error::RestoreError;
 use crate::network;
+use crate::restore::{Goal, Makers};
 
 const KIND: &str = "unix socket";
 /// `SCM_MAX_FD`.
@@ -34,8 +36,10 @@ pub(crate) fn assemble(
     sockets: &[(usize, &UnixSocket)],
     descriptions: &[OwnedFd],
     root: BorrowedFd<'_>,
+    pids: &HashMap<i32, i32>,
+    makers: &mut Makers<'_>,
 ) -> Result<HashMap<usize, OwnedFd>, RestoreError> {
-    let mut assembly = Assembly { sockets, made: HashMap::new(), root };
+    let mut assembly = Assembly { sockets, made: HashMap::new(), root, pids, makers };
     for (_, socket) in sockets {
         if !matches!(socket.role, Role::Connected { .. } | Role::Orphaned) || socket.kind == Kind::Datagram {
             assembly.place(socket)?;
@@ -56,14 +60,17 @@ pub(crate) fn assemble(
     Ok(sockets.iter().filter_map(take).collect())
 }
 
-struct Assembly<'a> {
+struct Assembly<'a, 'm> {
     sockets: &'a [(usize, &'a UnixSocket)],
     made: HashMap<u64, OwnedFd>,
     root: BorrowedFd<'a>,
+    /// The PID that Limosa sees of each process, by its PID in the tree.
+    pids: &'a HashMap<i32, i32>,
+    makers: &'a mut Makers<'m>,
 }
 
-impl Assembly<'_> {
-    fn by_inode(&self, inode: u64) -> Option<&UnixSocket> {
+impl<'a> Assembly<'a, '_> {
+    fn by_inode(&self, inode: u64) -> Option<&'a UnixSocket> {
         self.sockets.iter().find(|(_, socket)| socket.inode == inode).map(|(_, socket)| *socket)
     }
 
@@ -86,7 +93,7 @@ impl Assembly<'_> {
             bind(&made, name, socket.file.as_ref(), self.root)?;
         }
         if let Role::Listening { backlog } = socket.role {
-            rustix::net::listen(&made, i32::try_from(backlog).unwrap_or(i32::MAX)).map_err(fail("listen"))?;
+            self.makers.listen(socket.peer.as_ref(), &made, backlog)?;
         }
         self.made.insert(socket.inode, made);
         Ok(())
@@ -104,7 +111,7 @@ impl Assembly<'_> {
                 Ok(())
             }
             Role::Orphaned => {
-                let (kept, other) = pair(socket.kind)?;
+                let (kept, other) = self.makers.pair(socket.peer.as_ref(), kind(socket.kind))?;
                 before_bind(&kept, socket)?;
                 enlarge(&other, &socket.queue)?;
                 // Rights come later in order, but this end is closed then: it is kept until the queue is filled.
@@ -139,21 +146,16 @@ impl Assembly<'_> {
     }
 
     /// The two ends of a connection, with their names.
-    fn connection(&self, one: &UnixSocket, two: &UnixSocket) -> Result<(OwnedFd, OwnedFd), RestoreError> {
+    fn connection(&mut self, one: &UnixSocket, two: &UnixSocket) -> Result<(OwnedFd, OwnedFd), RestoreError> {
         if one.name.is_none() && two.name.is_none() {
-            let made = pair(one.kind)?;
+            let made = self.makers.pair(one.peer.as_ref(), kind(one.kind))?;
             before_bind(&made.0, one)?;
             before_bind(&made.1, two)?;
             return Ok(made);
         }
         // The accepted end has the name of the listener; where both have names, one that listens is its sign.
-        let listener_of = |end: &UnixSocket| {
-            let is = |(_, other): &&(usize, &UnixSocket)| {
-                end.name.is_some() && other.name == end.name && matches!(other.role, Role::Listening { .. })
-            };
-            self.sockets.iter().find(is).map(|(_, listener)| *listener)
-        };
-        let one_accepted = listener_of(one).is_some() || (two.name.is_none() && listener_of(two).is_none());
+        let one_accepted =
+            self.listener_of(one).is_some() || (two.name.is_none() && self.listener_of(two).is_none());
         let (client, server) = if one_accepted { (two, one) } else { (one, two) };
         let made = new(client.kind)?;
         before_bind(&made, client)?;
@@ -163,18 +165,53 @@ impl Assembly<'_> {
         let Some(name) = &server.name else {
             return Err(RestoreError::inconsistent("an accepted unix socket without a name"));
         };
-        let accepted = match listener_of(server) {
-            Some(listener) => meet(&made, name, self.get(listener.inode)?)?,
+        let accepted = match self.listener_of(server) {
+            Some(listener) => self.meet_at(listener, &made, client, server)?,
             None => {
                 // Its listener is gone; another of that name accepts once.
                 let listener = new(server.kind)?;
                 bind(&listener, name, None, self.root)?;
-                rustix::net::listen(&listener, 1).map_err(fail("listen"))?;
-                meet(&made, name, &listener)?
+                self.makers.listen(client.peer.as_ref(), &listener, 1)?;
+                meet(self.makers, &made, server, &listener)?
             }
         };
         before_bind(&accepted, server)?;
         Ok(if one_accepted { (accepted, made) } else { (made, accepted) })
+    }
+
+    /// The listening socket by which an end was accepted, or could have been.
+    fn listener_of(&self, end: &UnixSocket) -> Option<&'a UnixSocket> {
+        let is = |(_, other): &&(usize, &UnixSocket)| {
+            end.name.is_some() && other.name == end.name && matches!(other.role, Role::Listening { .. })
+        };
+        self.sockets.iter().find(is).map(|(_, listener)| *listener)
+    }
+
+    /// Connects and accepts by a listener of the tree. Those that connect see who listens at that moment, and
+    /// that may have been another then.
+    fn meet_at(
+        &mut self,
+        listener: &UnixSocket,
+        made: &OwnedFd,
+        client: &UnixSocket,
+        server: &UnixSocket,
+    ) -> Result<OwnedFd, RestoreError> {
+        let socket = self
+            .made
+            .get(&listener.inode)
+            .ok_or_else(|| RestoreError::inconsistent("a listening unix socket is missing"))?;
+        let Role::Listening { backlog } = listener.role else {
+            return Err(RestoreError::inconsistent("a unix socket that does not listen has accepted"));
+        };
+        let another = client.peer.as_ref().filter(|peer| Some(*peer) != listener.peer.as_ref());
+        if another.is_some() {
+            self.makers.listen(another, socket, backlog)?;
+        }
+        let accepted = meet(self.makers, made, server, socket)?;
+        if another.is_some() {
+            self.makers.listen(listener.peer.as_ref(), socket, backlog)?;
+        }
+        Ok(accepted)
     }
 
     /// Sends a socket what it has not read.
@@ -241,10 +278,18 @@ impl Assembly<'_> {
                     .as_fd(),
             });
         }
-        let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_RIGHTS))];
+        let mut space =
+            vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_RIGHTS), ScmCredentials(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !rights.is_empty() {
             ancillary.push(SendAncillaryMessage::ScmRights(&rights));
+        }
+        if let Some((pid, uid, gid)) = message.credentials {
+            // The kernel wants a process that exists: Limosa stands for one that has ended, and ends soon, too.
+            let sender = self.pids.get(&pid).and_then(|pid| Pid::from_raw(*pid));
+            let pid = sender.unwrap_or_else(rustix::process::getpid);
+            let credentials = UCred { pid, uid: Uid::from_raw(uid), gid: Gid::from_raw(gid) };
+            ancillary.push(SendAncillaryMessage::ScmCredentials(credentials));
         }
         let bytes = [IoSlice::new(&message.data)];
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
@@ -292,10 +337,6 @@ fn kind(kind: Kind) -> SocketType {
 
 fn new(of: Kind) -> Result<OwnedFd, RestoreError> {
     rustix::net::socket_with(AddressFamily::UNIX, kind(of), SocketFlags::CLOEXEC, None).map_err(fail("socket"))
-}
-
-fn pair(of: Kind) -> Result<(OwnedFd, OwnedFd), RestoreError> {
-    rustix::net::socketpair(AddressFamily::UNIX, kind(of), SocketFlags::CLOEXEC, None).map_err(fail("socketpair"))
 }
 
 fn before_bind(fd: &OwnedFd, socket: &UnixSocket) -> Result<(), RestoreError> {
@@ -348,9 +389,17 @@ fn address_below(
 }
 
 /// Connects to a listener and accepts on its side.
-fn meet(client: &OwnedFd, name: &Name, listener: &OwnedFd) -> Result<OwnedFd, RestoreError> {
-    let (address, _file) = address(name, listener)?;
-    rustix::net::connect(client, &address).map_err(fail("connect"))?;
+fn meet(
+    makers: &mut Makers<'_>,
+    client: &OwnedFd,
+    server: &UnixSocket,
+    listener: &OwnedFd,
+) -> Result<OwnedFd, RestoreError> {
+    let by = server.peer.as_ref();
+    match &server.name {
+        Some(Name::Abstract(name)) => makers.connect(by, client, Goal::Abstract(name))?,
+        _ => makers.connect(by, client, Goal::File(raw::unix_file(listener)?.as_fd()))?,
+    }
     rustix::net::accept_with(listener, SocketFlags::CLOEXEC).map_err(fail("accept"))
 }
 
@@ -433,11 +482,12 @@ mod tests {
             queue: Vec::new(),
             options: Vec::new(),
             peek_offset: -1,
+            peer: None,
         }
     }
 
     fn message(data: &[u8], from: Option<Name>, rights: &[usize]) -> Message {
-        Message { data: data.to_vec().into(), from, rights: rights.to_vec() }
+        Message { data: data.to_vec().into(), from, rights: rights.to_vec(), credentials: None }
     }
 
     fn made(sockets: &[UnixSocket]) -> HashMap<usize, OwnedFd> {
@@ -445,7 +495,7 @@ mod tests {
         let others: Vec<OwnedFd> =
             sockets.iter().map(|_| std::fs::File::open("/dev/null").unwrap().into()).collect();
         let root = std::fs::File::open("/").unwrap();
-        assemble(&numbered, &others, root.as_fd()).unwrap()
+        assemble(&numbered, &others, root.as_fd(), &HashMap::new(), &mut Makers::limosa()).unwrap()
     }
 
     #[test]
