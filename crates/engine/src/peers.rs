@@ -58,13 +58,8 @@ fn ask_one(views: &[&DescriptionView], answers: &mut HashMap<u64, i32>) -> Resul
 /// Adds getsockopt(SO_PEERCRED); gives where the answer will be.
 fn question(number: i32, program: &mut Program) -> Data {
     let (credentials, length) = (program.space(12), program.words(&[12]));
-    let arguments = [
-        number.into(),
-        libc::SOL_SOCKET.into(),
-        libc::SO_PEERCRED.into(),
-        credentials.into(),
-        length.into(),
-    ];
+    let arguments =
+        [number.into(), libc::SOL_SOCKET.into(), libc::SO_PEERCRED.into(), credentials.into(), length.into()];
     program.call("ask for a socket's peer", libc::SYS_getsockopt, arguments);
     credentials
 }

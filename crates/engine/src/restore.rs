@@ -120,8 +120,6 @@ impl<'a> Planned<'a> {
                 self.tree.namespaces.rebuild(&mut nursery, self.checkpoint)?;
             }
             let root = self.open_root(&nursery)?;
-            let pids =
-                nursery.own_pids.iter().copied().zip(nursery.puppets.iter().map(Resident::pid)).collect();
             // Sockets belong to the network namespace of the thread that makes them.
             let network =
                 place.and_then(|place| place.namespaces.iter().find(|(kind, _)| *kind == Kind::Network));
@@ -133,7 +131,6 @@ impl<'a> Planned<'a> {
                 self.checkpoint,
                 root,
                 &self.options.externals,
-                &pids,
                 &terminals,
                 ipc.as_fd(),
                 &mut Makers::new(&mut nursery),

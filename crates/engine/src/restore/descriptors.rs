@@ -45,7 +45,6 @@ pub(crate) fn rebuild_all(
     checkpoint: &Checkpoint,
     root: OwnedFd,
     externals: &HashMap<String, PathBuf>,
-    pids: &HashMap<i32, i32>,
     terminals: &[Rebuilt],
     ipc: BorrowedFd,
     makers: &mut Makers<'_>,
@@ -56,7 +55,8 @@ pub(crate) fn rebuild_all(
         step: "dup",
         source,
     })?;
-    let mut context = RebuildContext::new(checkpoint, root, &shared, terminals, externals, pids);
+    let pids = makers.pids();
+    let mut context = RebuildContext::new(checkpoint, root, &shared, terminals, externals, &pids);
     let mut descriptions = Vec::with_capacity(tree.descriptions.len());
     let mut completions = HashMap::new();
     for (index, description) in tree.descriptions.iter().enumerate() {
@@ -73,7 +73,7 @@ pub(crate) fn rebuild_all(
     }
     let starters = context.take_starters();
     drop(context);
-    rebuild_unix_sockets(tree, &mut descriptions, &own_root, pids, makers)?;
+    rebuild_unix_sockets(tree, &mut descriptions, &own_root, &pids, makers)?;
     Ok(Objects {
         descriptions,
         shared,
@@ -105,7 +105,8 @@ fn rebuild_unix_sockets(
     if sockets.is_empty() {
         return Ok(());
     }
-    for (index, socket) in unix_socket::rebuild::assemble(&sockets, descriptions, root.as_fd(), pids, makers)? {
+    for (index, socket) in unix_socket::rebuild::assemble(&sockets, descriptions, root.as_fd(), pids, makers)?
+    {
         set_status(&socket, tree.descriptions[index].flags, "unix socket")?;
         descriptions[index] = socket;
     }

@@ -11,7 +11,7 @@
 //! | one whose ID is taken here, or which the tree cannot see | the root, with the user and groups of the other |
 //! | not known | Limosa |
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -20,7 +20,8 @@ use limosa_kernel::proc::ProcDir;
 use limosa_puppet::{Arg, Birth, CallId, Outcome, Program, ResidentError};
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketAddrUnix, SocketFlags, SocketType,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketAddrUnix, SocketFlags,
+    SocketType,
 };
 
 use super::{Nursery, births, descriptors};
@@ -59,6 +60,12 @@ impl<'a> Makers<'a> {
     #[cfg(test)]
     pub(crate) fn limosa() -> Self {
         Self { nursery: None, own: own_identity(), taken: HashSet::new() }
+    }
+
+    /// The PID that Limosa sees of each process, by its PID in the tree.
+    pub(crate) fn pids(&self) -> HashMap<i32, i32> {
+        let nodes = self.nursery.iter().flat_map(|nursery| nursery.own_pids.iter().zip(&nursery.puppets));
+        nodes.map(|(own, puppet)| (*own, puppet.pid())).collect()
     }
 
     /// socketpair(2)
@@ -113,7 +120,8 @@ impl<'a> Makers<'a> {
         goal: Goal<'_>,
     ) -> Result<(), RestoreError> {
         let Some((by, node)) = self.maker(by)? else {
-            return rustix::net::connect(socket, &address(goal)?).map_err(RestoreError::rebuild(KIND, "connect"));
+            return rustix::net::connect(socket, &address(goal)?)
+                .map_err(RestoreError::rebuild(KIND, "connect"));
         };
         // A path that leads to the file from wherever the puppet is: our own directory of descriptors.
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -136,7 +144,10 @@ impl<'a> Makers<'a> {
     }
 
     /// Which puppet stands for an identity; none if that is Limosa itself.
-    fn maker<'i>(&mut self, by: Option<&'i Identity>) -> Result<Option<(&'i Identity, NodeId)>, RestoreError> {
+    fn maker<'i>(
+        &mut self,
+        by: Option<&'i Identity>,
+    ) -> Result<Option<(&'i Identity, NodeId)>, RestoreError> {
         let (Some(by), Some(nursery)) = (by, self.nursery.as_deref_mut()) else { return Ok(None) };
         // To setresuid(2) this number means no change.
         if by.uid == u32::MAX || by.gid == u32::MAX {

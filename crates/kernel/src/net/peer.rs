@@ -46,7 +46,8 @@ pub fn peer(fd: impl AsFd) -> Result<Option<Peer>> {
         // ENODATA: it has noted none.
         Err(_) => 0,
     };
-    let groups = groups[..length].chunks_exact(4).map(|word| u32::from_ne_bytes([word[0], word[1], word[2], word[3]]));
+    let groups =
+        groups[..length].chunks_exact(4).map(|word| u32::from_ne_bytes([word[0], word[1], word[2], word[3]]));
     Ok(Some(Peer { pid, uid, gid, groups: groups.collect() }))
 }
 
@@ -70,7 +71,10 @@ mod tests {
         let groups: Vec<u32> =
             rustix::process::getgroups().unwrap().into_iter().map(rustix::process::Gid::as_raw).collect();
         assert_eq!(peer.pid, std::process::id() as i32);
-        assert_eq!((peer.uid, peer.gid), (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw()));
+        assert_eq!(
+            (peer.uid, peer.gid),
+            (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw())
+        );
         assert_eq!(peer.groups, groups);
     }
 

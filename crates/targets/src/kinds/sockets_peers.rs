@@ -11,8 +11,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, SocketAddrUnix, SocketFlags, SocketType, UCred, bind, listen, recvmsg, sendmsg, socket_with, sockopt,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, UCred, bind, listen, recvmsg,
+    sendmsg, socket_with, sockopt,
 };
 use rustix::process::{Gid, Pid, Uid, WaitOptions, getpid, waitpid};
 
@@ -114,7 +115,9 @@ impl State {
 
     /// What is compared later says what it should.
     fn check_setting(&self) -> Result<()> {
-        let of = |pid: Pid, user: &User| format!("process {pid}, user {}, group {}, {:?}\n", user.uid, user.gid, user.groups);
+        let of = |pid: Pid, user: &User| {
+            format!("process {pid}, user {}, group {}, {:?}\n", user.uid, user.gid, user.groups)
+        };
         for end in &self.accepted {
             sys::compare_lines("a client", &describe(end)?, &of(self.child.pid, &CLIENT))?;
             ensure!(peer_process(end)? == self.child.pid.as_raw_pid(), "SO_PEERPIDFD is of another");
@@ -151,8 +154,10 @@ fn describe(end: impl AsFd) -> Result<String> {
     let mut length = size_of_val(&groups) as libc::socklen_t;
     let (fd, groups_pointer) = (end.as_fd().as_raw_fd(), groups.as_mut_ptr().cast());
     // SAFETY: the kernel writes at most `length` bytes to `groups`.
-    sys::check(i64::from(unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, 59, groups_pointer, &raw mut length) }))
-        .context("SO_PEERGROUPS")?;
+    sys::check(i64::from(unsafe {
+        libc::getsockopt(fd, libc::SOL_SOCKET, 59, groups_pointer, &raw mut length)
+    }))
+    .context("SO_PEERGROUPS")?;
     let groups = &groups[..length as usize / 4];
     Ok(format!("process {}, user {}, group {}, {groups:?}\n", peer.pid, peer.uid, peer.gid))
 }
