@@ -11,7 +11,6 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::Signal;
-use rustix::pty::OpenptFlags;
 use rustix::termios::{self, OptionalActions, Termios};
 
 /// The two ends of a pseudo-terminal.
@@ -33,8 +32,8 @@ pub(crate) fn open(mount: BorrowedFd<'_>) -> io::Result<Pair> {
             let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC | OFlags::NONBLOCK;
             let outside = rustix::fs::open("/dev/ptmx", flags, Mode::empty())?;
             rustix::pty::unlockpt(&outside)?;
-            let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-            let inside = rustix::pty::ioctl_tiocgptpeer(&outside, flags)?;
+            let flags = (OFlags::RDWR | OFlags::NOCTTY).bits() as i32;
+            let inside = limosa_kernel::terminal::open_slave(&outside, flags).map_err(io::Error::other)?;
             Ok(Pair { outside, inside })
         });
         let pair = thread.join().map_err(|_| io::Error::other("the thread that opens it panicked"))??;

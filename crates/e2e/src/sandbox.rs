@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::mount::MountFlags;
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, wait};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, wait, waitpid};
 
 use crate::wait_for;
 
@@ -152,6 +152,35 @@ pub fn processes() -> Result<Vec<Pid>> {
         pids.extend(pid.filter(|pid| pid.as_raw_pid() != 1));
     }
     Ok(pids)
+}
+
+/// `root` and all its descendants.
+pub fn tree(root: Pid) -> Result<Vec<Pid>> {
+    let all: Vec<(Pid, Option<Pid>)> = processes()?.into_iter().map(|pid| (pid, parent(pid))).collect();
+    let mut tree = vec![root];
+    let mut next = 0;
+    while let Some(parent) = tree.get(next).copied() {
+        tree.extend(all.iter().filter(|(_, of)| *of == Some(parent)).map(|(pid, _)| *pid));
+        next += 1;
+    }
+    Ok(tree)
+}
+
+/// Reaps those of `pids` that are dead until none of them is there; other children of this process stay as they are.
+pub fn wait_until_gone(pids: &[Pid]) -> Result<()> {
+    wait_for("the end of a process tree", PATIENCE, || {
+        for pid in pids {
+            let _ = waitpid(Some(*pid), WaitOptions::NOHANG);
+        }
+        let left = processes()?;
+        Ok((!pids.iter().any(|pid| left.contains(pid))).then_some(()))
+    })
+}
+
+/// The parent: the second field after the command's name, which may hold anything.
+fn parent(pid: Pid) -> Option<Pid> {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_pid())).ok()?;
+    Pid::from_raw(stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()?)
 }
 
 /// A process as `ps` would name it, for messages.

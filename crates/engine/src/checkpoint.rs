@@ -7,7 +7,8 @@
 //! Dropped at any point, or killed, the tree runs on.
 
 use std::cell::OnceCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::os::fd::OwnedFd;
 
 use limosa_image::Sink;
 use limosa_kernel::memory::ForeignMemory;
@@ -21,13 +22,13 @@ use crate::memory::{self, SpaceAllocator};
 use crate::network::{self, Network};
 use crate::peers;
 use crate::report::Report;
-use crate::resources::file_locks;
 use crate::resources::mapping::MappingState;
 use crate::resources::shared_memory::SharedObjects;
 use crate::resources::terminal::Terminals;
 use crate::resources::{
     CaptureContext, DescriptorState, LateState, NamespaceState, ProcessState, ThreadState, registers,
 };
+use crate::resources::{file_locks, job_control};
 use crate::state::{Body, Description, Descriptor, Life, Process, TREE, Thread, Tree};
 use crate::view::{DescriptionView, ProcessView, ThreadView};
 
@@ -184,12 +185,16 @@ fn ask_all(
     shared: &mut SharedObjects,
 ) -> Result<Vec<Process>, CaptureError> {
     let own: HashMap<i32, i32> = views.iter().map(|view| (view.pid, view.own_pid)).collect();
+    let mut unreported = HashSet::new();
     let mut processes = Vec::with_capacity(views.len());
     for (process, view) in frozen.processes.iter().zip(views) {
         let life = if process.threads.is_empty() {
             Life::Zombie { wait_status: view.stat.exit_code, name: view.stat.comm.clone() }
         } else {
-            Life::Alive(Box::new(capture_body(process, view, spaces, shared)?))
+            let children = frozen.processes.iter().filter(|child| child.parent == process.pid);
+            let stopped = children.filter(|child| child.job_stopped.is_some());
+            let stopped: Vec<i32> = stopped.filter_map(|child| own.get(&child.pid).copied()).collect();
+            Life::Alive(Box::new(capture_body(process, view, spaces, shared, (&stopped, &mut unreported))?))
         };
         processes.push(Process {
             pid: view.own_pid,
@@ -209,6 +214,7 @@ fn capture_body(
     view: &ProcessView,
     spaces: &mut SpaceAllocator,
     shared: &mut SharedObjects,
+    (stopped_children, unreported): (&[i32], &mut HashSet<i32>),
 ) -> Result<Body, CaptureError> {
     let foreign = ForeignMemory::open(process.pid)?;
     let vdso = locate_vdso(view, &foreign)?;
@@ -226,7 +232,8 @@ fn capture_body(
         let thread = ThreadView { process: view, tid: *tid, own_tid, proc, status };
         let mut program = Program::new();
         let process_questions = if *tid == process.pid {
-            Some((ProcessState::ask(view, &mut program)?, LateState::ask(view, &mut program)?))
+            let stops = job_control::ask(stopped_children, &mut program);
+            Some((ProcessState::ask(view, &mut program)?, LateState::ask(view, &mut program)?, stops))
         } else {
             None
         };
@@ -235,7 +242,8 @@ fn capture_body(
         let outcome = visit.run(program)?;
         visit.end()?;
         outcome.check().map_err(|source| CaptureError::Question { pid: process.pid, source })?;
-        if let Some((questions, late)) = &process_questions {
+        if let Some((questions, late, stops)) = &process_questions {
+            job_control::answers(stops, &outcome, unreported);
             let late = LateState::capture(view, late, &outcome)?;
             state = Some((ProcessState::capture(view, questions, &outcome)?, late));
         }
@@ -252,6 +260,7 @@ fn capture_body(
         descriptors: Vec::new(),
         threads,
         stopped: process.job_stopped,
+        stop_unreported: unreported.contains(&view.own_pid),
         locks: Vec::new(),
         state,
         late,
@@ -281,12 +290,16 @@ fn capture_descriptors(
     for (view, process) in views.iter().zip(processes.iter_mut()) {
         let Life::Alive(body) = &mut process.life else { continue };
         let pidfd = task::pidfd_open(view.pid)?;
+        let mut unclear = Vec::new();
         for number in view.proc.fds()? {
             let descriptor = task::pidfd_getfd(&pidfd, number)?;
             let stat = rustix::fs::fstat(&descriptor)
                 .map_err(CaptureError::io("fstat of a descriptor", view.pid))?;
             let info = view.proc.fdinfo(number)?;
             let close_on_exec = info.flags & libc::O_CLOEXEC as u32 != 0;
+            if close_on_exec && keeps_close_on_exec(&descriptor, view)? {
+                unclear.push(body.descriptors.len());
+            }
             let alike = by_inode.entry((stat.st_dev, stat.st_ino)).or_default();
             let mut same = None;
             for index in alike.iter() {
@@ -311,6 +324,7 @@ fn capture_descriptors(
             by_number.insert((view.own_pid, number), description);
             body.descriptors.push(Descriptor { number, description, close_on_exec });
         }
+        ask_close_on_exec(view, body, &unclear)?;
     }
     let own_pids: HashMap<i32, i32> = views.iter().map(|view| (view.pid, view.own_pid)).collect();
     let mut network = Network::look(views[0].pid, &found, options.tcp)?;
@@ -337,6 +351,39 @@ fn capture_descriptors(
         .collect::<Result<_, CaptureError>>()?;
     let terminals = std::mem::take(&mut context.terminals);
     Ok((descriptions, network, terminals))
+}
+
+/// Whether the open file description itself has `O_CLOEXEC`, as the slave of a terminal has that was opened with it by
+/// `TIOCGPTPEER`: /proc/PID/fdinfo then shows it for descriptors that are not closed on exec, too.
+fn keeps_close_on_exec(descriptor: &OwnedFd, view: &ProcessView) -> Result<bool, CaptureError> {
+    let flags = rustix::fs::fcntl_getfl(descriptor).map_err(CaptureError::io("fcntl(F_GETFL)", view.pid))?;
+    Ok(flags.contains(rustix::fs::OFlags::CLOEXEC))
+}
+
+/// Asks the process itself which of the `unclear` descriptors are closed on exec.
+fn ask_close_on_exec(view: &ProcessView, body: &mut Body, unclear: &[usize]) -> Result<(), CaptureError> {
+    if unclear.is_empty() {
+        return Ok(());
+    }
+    let mut program = Program::new();
+    let mut calls = Vec::with_capacity(unclear.len());
+    for index in unclear {
+        let number = body.descriptors[*index].number;
+        let arguments = [number.into(), libc::F_GETFD.into()];
+        calls.push(program.call("ask for a descriptor's flags", libc::SYS_fcntl, arguments));
+    }
+    let question = |source| CaptureError::Question { pid: view.pid, source };
+    let memory = ForeignMemory::open(view.pid)?;
+    let vdso = locate_vdso(view, &memory)?;
+    let mut visit =
+        Visit::begin(view.pid, view.pid, vdso, &memory, view.status.signals.caught, program.size())?;
+    let outcome = visit.run(program)?;
+    visit.end()?;
+    for (index, call) in unclear.iter().zip(calls) {
+        let flags = outcome.result(call).map_err(question)?;
+        body.descriptors[*index].close_on_exec = flags & libc::FD_CLOEXEC as u64 != 0;
+    }
+    Ok(())
 }
 
 /// Who gets the signals of a description (`F_SETOWN_EX`), by the ID that the processes see.

@@ -37,6 +37,7 @@ use crate::state::{Life, TREE, Tree};
 
 pub(crate) use inside::Inside;
 pub(crate) use makers::{Goal, Makers};
+pub(crate) use start::await_stop;
 
 /// Sparse; what is used of it is a few hundred bytes for each object.
 const ARENA_SIZE: u64 = 8 << 30;

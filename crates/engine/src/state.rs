@@ -81,6 +81,9 @@ pub struct Body {
     pub threads: Vec<Thread>,
     /// The signal that stopped it, if job control did.
     pub stopped: Option<i32>,
+    /// Whether its parent has yet to be told of that stop (waitpid(2) with `WUNTRACED`).
+    #[serde(default)]
+    pub stop_unreported: bool,
     /// Its locks on files.
     pub locks: Vec<FileLock>,
     /// What a process has one of.

@@ -144,18 +144,25 @@ pub fn device(terminal: impl AsFd) -> Result<(u32, u32)> {
     Ok((encoded >> 8 & 0xfff, encoded & 0xff | encoded >> 12 & 0xf_ff00))
 }
 
-/// Opens the slave of a master that is not locked, with `O_*` flags, wherever its `/dev/pts` is mounted.
+/// Opens the slave of a master that is not locked, with `O_*` flags, wherever its `/dev/pts` is mounted. The descriptor
+/// is closed on exec.
 pub fn open_slave(master: impl AsFd, flags: i32) -> Result<OwnedFd> {
     fault::point();
     let fd = master.as_fd().as_raw_fd();
+    // `ptm_open_peer` in drivers/tty/pty.c leaves O_CLOEXEC in the flags of the open file description, where
+    // /proc/PID/fdinfo shows it for every duplicate, closed on exec or not. So it is set on the descriptor afterwards.
     // SAFETY: takes numbers only; a result that is not negative is a new descriptor that we own.
-    unsafe {
-        let slave = libc::ioctl(fd, TIOCGPTPEER, flags);
+    let slave = unsafe {
+        let slave = libc::ioctl(fd, TIOCGPTPEER, flags & !libc::O_CLOEXEC);
         if slave < 0 {
             return Err(Error::last("ioctl(TIOCGPTPEER)", format_args!("descriptor {fd}")));
         }
-        Ok(OwnedFd::from_raw_fd(slave))
-    }
+        OwnedFd::from_raw_fd(slave)
+    };
+    rustix::io::fcntl_setfd(&slave, rustix::io::FdFlags::CLOEXEC).map_err(|errno| {
+        Error::new("fcntl(F_SETFD)", format_args!("descriptor {}", slave.as_raw_fd()), errno)
+    })?;
+    Ok(slave)
 }
 
 /// How many bytes could be read now.

@@ -23,6 +23,7 @@ use crate::view::{DescriptionView, ProcessView, ThreadView};
 
 pub(crate) mod context;
 pub mod file_locks;
+pub(crate) mod job_control;
 pub mod mapping;
 pub mod namespaces;
 pub mod shared_memory;

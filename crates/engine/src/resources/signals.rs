@@ -25,6 +25,13 @@ pub struct Signals {
     pub alternate_stack: (u64, u64, u64),
 }
 
+impl Signals {
+    /// Whether the signal is pending for the process.
+    pub(crate) fn has_pending(&self, signal: i32) -> bool {
+        self.shared_pending.iter().any(|info| signal_of(info) == signal)
+    }
+}
+
 fn raw(pending: Vec<RawSiginfo>) -> Vec<serde_bytes::ByteBuf> {
     pending.into_iter().map(|info| serde_bytes::ByteBuf::from(info.to_vec())).collect()
 }

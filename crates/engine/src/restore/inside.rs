@@ -32,6 +32,16 @@ impl<'a> Inside<'a> {
         number: i64,
         arguments: [u64; 6],
     ) -> Result<u64, RestoreError> {
+        let result = self.try_call(number, arguments)?;
+        if result < 0 {
+            let source = std::io::Error::from_raw_os_error(-result as i32);
+            return Err(RestoreError::Rebuild { object: format!("thread {}", self.tid), step, source });
+        }
+        Ok(result as u64)
+    }
+
+    /// The same for a call that may fail: its result or the negative error number.
+    pub(crate) fn try_call(&mut self, number: i64, arguments: [u64; 6]) -> Result<i64, RestoreError> {
         let mut registers = ptrace::registers(self.tid)?;
         registers.rip = self.arena.syscall_address();
         registers.rax = number as u64;
@@ -43,12 +53,7 @@ impl<'a> Inside<'a> {
             ptrace::resume_to_syscall(self.tid)?;
             await_stop(self.tid)?;
         }
-        let result = ptrace::registers(self.tid)?.rax as i64;
-        if result < 0 {
-            let source = std::io::Error::from_raw_os_error(-result as i32);
-            return Err(RestoreError::Rebuild { object: format!("thread {}", self.tid), step, source });
-        }
-        Ok(result as u64)
+        Ok(ptrace::registers(self.tid)?.rax as i64)
     }
 
     /// Lets the thread go to the way back to user mode and stops it there, where the kernel looks at what interrupted

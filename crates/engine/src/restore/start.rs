@@ -2,10 +2,10 @@
 
 use limosa_kernel::proc::ProcDir;
 use limosa_kernel::ptrace::{self, Options, WaitStatus};
-use limosa_kernel::task;
 
 use super::{Inside, Nursery};
 use crate::error::RestoreError;
+use crate::resources::job_control;
 use crate::state::{Life, Thread, Tree};
 
 /// A thread of the tree, as Limosa sees it.
@@ -16,20 +16,25 @@ struct Actor<'a> {
 
 /// Gives all threads their registers, then lets all of them go.
 pub(crate) fn start_all(tree: &Tree, nursery: &mut Nursery) -> Result<(), RestoreError> {
-    let mut actors = Vec::new();
+    let mut stopped = Vec::new();
     for (index, process) in tree.processes.iter().enumerate() {
         if let Life::Alive(body) = &process.life {
-            let pid = nursery.puppets[index].pid();
-            let threads = stop_threads(pid, &body.threads)?;
+            let threads = stop_threads(nursery.puppets[index].pid(), &body.threads)?;
             filter(&threads, nursery)?;
-            leave(nursery, pid)?;
-            if body.stopped.is_some() {
-                task::signal_process(pid, libc::SIGSTOP)?;
-            }
-            body.late.finish(pid)?;
-            actors.extend(threads);
+            stopped.push((process, body, nursery.puppets[index].pid(), threads));
         }
     }
+    // Children before parents, which take note of what job control did to their children.
+    for (process, body, pid, threads) in stopped.iter().rev() {
+        job_control::take_note(tree, process, body, *pid, nursery)?;
+        leave(nursery, *pid)?;
+        if body.stopped.is_some() {
+            let tids: Vec<i32> = threads.iter().map(|actor| actor.tid).collect();
+            job_control::stop(*pid, &tids)?;
+        }
+        body.late.finish(*pid)?;
+    }
+    let actors: Vec<Actor> = stopped.into_iter().flat_map(|(_, _, _, threads)| threads).collect();
     for actor in &actors {
         actor.thread.state.finish(actor.tid)?;
     }

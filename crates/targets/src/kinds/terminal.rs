@@ -10,9 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, kill_process_group};
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::pty::{OpenptFlags, grantpt, openpt, unlockpt};
 use rustix::termios::{Winsize, tcgetattr, tcgetpgrp, tcgetsid, tcgetwinsize, tcsetwinsize};
 
 use super::{Setting, Verify};
@@ -37,9 +36,8 @@ pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
     grantpt(&master)?;
     unlockpt(&master)?;
     tcsetwinsize(&master, SIZE)?;
-    let slave = ptsname(&master, Vec::new())?;
     let shell = sys::fork(|| {
-        let error = become_shell(&slave);
+        let error = become_shell(&master);
         eprintln!("limosa-target: starting bash: {error:#}");
         1
     })?;
@@ -66,10 +64,13 @@ pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
 }
 
 /// Only returns where it fails.
-fn become_shell(slave: &std::ffi::CStr) -> anyhow::Error {
+fn become_shell(master: &OwnedFd) -> anyhow::Error {
     let open = || -> Result<OwnedFd> {
         rustix::process::setsid()?;
-        let slave = rustix::fs::open(slave, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())?;
+        // As terminal emulators do it. The kernel leaves O_CLOEXEC in the open file description's own flags, where it
+        // looks as if the shell's standard streams were closed on exec.
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let slave = rustix::pty::ioctl_tiocgptpeer(master, flags)?;
         rustix::process::ioctl_tiocsctty(&slave)?;
         Ok(slave)
     };
@@ -96,6 +97,7 @@ impl Terminal {
     fn check(&mut self) -> Result<()> {
         let size = self.command("stty size")?;
         ensure!(size.contains("43 132"), "the shell sees a terminal of size {size:?}");
+        ensure!(!size.contains("Stopped"), "the shell announces a job again that it knows: {size:?}");
         let kept = self.command("echo v=$kept")?;
         ensure!(kept.contains("v=whole"), "the shell's variable is {kept:?}");
         let controlling = self.command("echo t=$((6*7)) > /dev/tty")?;
