@@ -34,6 +34,7 @@ macro_rules! refusals {
 }
 
 round_trips! {
+    ballast: "ballast";
     creds: "creds";
     events: "events";
     files: "files";

@@ -1,5 +1,6 @@
 //! One module for each kind of state that a target can hold.
 
+mod ballast;
 mod creds;
 mod events;
 mod files;
@@ -42,6 +43,7 @@ pub struct Setting {
 }
 
 const KINDS: &[(&str, SetUp)] = &[
+    ("ballast", ballast::set_up),
     ("creds", creds::set_up),
     ("events", events::set_up),
     ("files", files::set_up),
