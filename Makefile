@@ -18,9 +18,8 @@ help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12 | sed 's/^/  make /'
 
 .PHONY: build
-build: ## Build the limosa program (optimised) into target/release
-	@scripts/ensure-packages build
-	$(CARGO) build --locked --release -p limosa
+build: ## Build the limosa program (optimised, static) into target/release
+	@scripts/build
 
 .PHONY: test
 test: ## Check format, lints, dependencies, and run every test but the virtual machines' (needs root)

@@ -19,7 +19,8 @@ pub fn measure(directory: &Path, rounds: u32, mebibytes: u32) -> Result<Vec<Row>
     // The first round warms caches and is not counted.
     for round in 0..=rounds {
         let pid = format!("pid:{}", target.pid().as_raw_pid());
-        let written = program::limosa(&["checkpoint".as_ref(), pid.as_ref(), "--out".as_ref(), image.as_os_str()])?;
+        let written =
+            program::limosa(&["checkpoint".as_ref(), pid.as_ref(), "--out".as_ref(), image.as_os_str()])?;
         target.has_ended()?;
         let idle = program::nothing()?;
         let rebuilt = program::limosa(&["restore".as_ref(), image.as_os_str(), "--detach".as_ref()])?;

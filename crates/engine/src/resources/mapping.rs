@@ -1,5 +1,7 @@
 //! Mappings of an address space: where, what of, and the advice given for them (mmap(2), madvise(2), mlock2(2)).
 
+use std::collections::HashMap;
+
 use limosa_kernel::proc::{Mapping, MappingName, VmFlags};
 use limosa_puppet::Program;
 use serde::{Deserialize, Serialize};
@@ -115,8 +117,12 @@ impl MappingState {
     pub(crate) fn refusals(process: &ProcessView, shared: &mut SharedObjects) -> Vec<Refusal> {
         use MappingName::{Vdso, Vsyscall, Vvar, VvarVclock};
         let ordinary = |mapping: &&Mapping| !matches!(mapping.name, Vdso | Vsyscall | Vvar | VvarVclock);
-        let captured =
-            process.mappings.iter().filter(ordinary).map(|one| Self::capture(process, one, shared));
+        let mut sizes = FileSizes::default();
+        let captured = process
+            .mappings
+            .iter()
+            .filter(ordinary)
+            .map(|one| Self::capture(process, one, shared, &mut sizes));
         captured
             .filter_map(|outcome| match outcome {
                 Err(CaptureError::Refused(refusal)) => Some(*refusal),
@@ -128,6 +134,7 @@ impl MappingState {
     /// Captures all mappings of a process.
     pub fn capture_all(process: &ProcessView, shared: &mut SharedObjects) -> Result<Vec<Self>, CaptureError> {
         let mut states: Vec<Self> = Vec::with_capacity(process.mappings.len());
+        let mut sizes = FileSizes::default();
         for mapping in &process.mappings {
             match &mapping.name {
                 MappingName::Vsyscall => {}
@@ -138,16 +145,17 @@ impl MappingState {
                     limosa_kernel::memory::read(process.pid, mapping.start, &mut code)?;
                     states.push(special(mapping, vdso_digest(&code)));
                 }
-                _ => states.push(Self::capture(process, mapping, shared)?),
+                _ => states.push(Self::capture(process, mapping, shared, &mut sizes)?),
             }
         }
         Ok(join_vdso(states))
     }
 
-    fn capture(
+    fn capture<'a>(
         process: &ProcessView,
-        mapping: &Mapping,
+        mapping: &'a Mapping,
         shared: &mut SharedObjects,
+        sizes: &mut FileSizes<'a>,
     ) -> Result<Self, CaptureError> {
         let refuse = |reason, remedy| -> CaptureError {
             Refusal::mapping(process.pid, mapping.start, mapping.name.to_string(), reason, remedy).into()
@@ -173,7 +181,9 @@ impl MappingState {
             MappingName::Path { path, .. } if is_segment(path) => {
                 Backing::SystemV(shared.attachment(process, mapping))
             }
-            MappingName::Path { path, .. } => Backing::File(mapped_file(process, mapping, path, flags)?),
+            MappingName::Path { path, .. } => {
+                Backing::File(mapped_file(process, mapping, path, flags, sizes)?)
+            }
             MappingName::Special(_) => {
                 return Err(refuse("it maps something without a path", "close it first"));
             }
@@ -311,15 +321,36 @@ pub fn vdso_digest(image: &[u8]) -> u64 {
     })
 }
 
-fn mapped_file(
+/// Sizes of mapped files: a library is mapped in five parts. By device, inode and path, because overlayfs may show one
+/// number for files of different layers.
+#[derive(Default)]
+struct FileSizes<'a>(HashMap<MappedInode<'a>, u64>);
+
+type MappedInode<'a> = ((u32, u32), u64, &'a [u8]);
+
+impl<'a> FileSizes<'a> {
+    fn of(&mut self, process: &ProcessView, mapping: &Mapping, path: &'a [u8]) -> Result<u64, CaptureError> {
+        let file = (mapping.dev, mapping.inode, path);
+        if let Some(size) = self.0.get(&file) {
+            return Ok(*size);
+        }
+        let link = format!("map_files/{:x}-{:x}", mapping.start, mapping.end);
+        let opened = process.proc.open_file(&link, rustix::fs::OFlags::PATH)?;
+        let stat =
+            rustix::fs::fstat(&opened).map_err(CaptureError::io("fstat of a mapped file", process.pid))?;
+        let size = stat.st_size as u64;
+        self.0.insert(file, size);
+        Ok(size)
+    }
+}
+
+fn mapped_file<'a>(
     process: &ProcessView,
     mapping: &Mapping,
-    path: &[u8],
+    path: &'a [u8],
     flags: VmFlags,
+    sizes: &mut FileSizes<'a>,
 ) -> Result<MappedFile, CaptureError> {
-    let link = format!("map_files/{:x}-{:x}", mapping.start, mapping.end);
-    let file = process.proc.open_file(&link, rustix::fs::OFlags::PATH)?;
-    let stat = rustix::fs::fstat(&file).map_err(CaptureError::io("fstat of a mapped file", process.pid))?;
     // A shared mapping that mprotect may still make writable was made of a file open for writing.
     let shared = flags.contains(VmFlags::MAY_SHARE);
     let writable = shared && flags.contains(VmFlags::MAY_WRITE) && mapping.shared;
@@ -328,7 +359,7 @@ fn mapped_file(
         offset: mapping.offset,
         shared,
         writable,
-        size: stat.st_size as u64,
+        size: sizes.of(process, mapping, path)?,
     })
 }
 
