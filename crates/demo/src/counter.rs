@@ -11,10 +11,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use limosa_stage::Place;
 use serde::Serialize;
 
 use crate::figures::{ms, percentile};
-use crate::hosts::Place;
 use crate::resp::{Client, Reply};
 
 /// Counters, incremented in turn.

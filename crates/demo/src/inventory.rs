@@ -31,7 +31,7 @@ pub struct Traces {
     pub namespaces: [u64; 3],
 }
 
-/// Reaps all children that have ended. Only while no [`crate::limosa::Running`] waits for one of them.
+/// Reaps all children that have ended. Only while no [`limosa_stage::Running`] waits for one of them.
 pub fn reap() {
     while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
 }
@@ -172,7 +172,7 @@ mod tests {
     fn traces(directory: &Path) -> Traces {
         let id = std::process::id();
         Traces {
-            mark: format!("LIMOSA_DEMO=test-{id}"),
+            mark: format!("LIMOSA_STAGE=test-{id}"),
             name: format!("redis-demo-test-{id}"),
             directory: directory.to_owned(),
             namespaces: [0; 3],

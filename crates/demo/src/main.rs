@@ -1,26 +1,14 @@
 //! `limosa-demo`: a running redis moves between two hosts and back, while a client keeps counting.
 //!
-//! ```text
-//!   client            host A                      host B
-//!   10.99.0.3         10.99.0.1                   10.99.0.2
-//!      │                 │                           │
-//!      └─── veth ─── bridge br0 ─────── veth ─── bridge br0
-//!                        │                           ┊
-//!                      redis ── limosa migrate ──▶ redis
-//!                    10.99.0.7                   10.99.0.7
-//! ```
-//!
-//! A host is a network namespace and a state directory. The namespaces have no names, only descriptors that this
-//! program holds: however it ends, the kernel takes them and all interfaces in them away. One client connection stays
-//! open over all migrations. At the end the program checks by itself that nothing is left.
+//! The hosts are those of the `limosa-stage` crate. One client connection stays open over all migrations. At the end the
+//! program checks by itself that nothing is left.
 
 mod counter;
 mod data;
 mod display;
 mod figures;
-mod hosts;
+mod interrupt;
 mod inventory;
-mod limosa;
 mod migration;
 mod resp;
 mod stage;
@@ -33,9 +21,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
+use limosa_stage::Limosa;
 
 use crate::display::Display;
-use crate::limosa::{Interrupt, Limosa};
+use crate::interrupt::{Interrupt, Interrupted};
 use crate::stage::Stage;
 use crate::summary::Summary;
 
@@ -91,7 +80,7 @@ fn main() -> ExitCode {
         Err(error) => {
             // Standard error may be closed; there is nobody else to tell.
             let _ = writeln!(std::io::stderr(), "limosa-demo: {error:#}");
-            ExitCode::from(if error.is::<limosa::Interrupted>() { 130 } else { 1 })
+            ExitCode::from(if error.is::<Interrupted>() { 130 } else { 1 })
         }
     }
 }

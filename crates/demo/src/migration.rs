@@ -1,13 +1,12 @@
 //! One migration: `limosa receive` on one host, `limosa migrate` on the other, and what the client saw of it.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::counter::Seen;
 use crate::display::Display;
-use crate::limosa::Running;
 use crate::stage::Stage;
 
 /// One migration, as it went.
@@ -62,12 +61,6 @@ pub struct Phase {
     pub duration_us: u64,
 }
 
-/// What a listening `limosa receive --json` says first.
-#[derive(Deserialize)]
-struct Ticket {
-    destination: String,
-}
-
 /// A line of `--progress json`.
 #[derive(Deserialize)]
 struct Progress {
@@ -80,7 +73,7 @@ pub fn migrate(stage: &mut Stage, round: u32, rounds: u32, display: &Display) ->
     let (from, to) = (stage.here().name, stage.there().name);
     let title = format!("migration {} of {rounds}, {from} → {to}", round + 1);
     display.step(&title);
-    let (receiver, destination) = receive(stage).context("waiting for the destination's ticket")?;
+    let (receiver, destination) = stage.receive().context("waiting for the destination's ticket")?;
     stage.open_window()?;
     let begun = Instant::now();
     let mut sender = stage.migrate_to(&destination)?;
@@ -106,22 +99,6 @@ pub fn migrate(stage: &mut Stage, round: u32, rounds: u32, display: &Display) ->
     stage.verify(display)?;
     let verify_seconds = verified.elapsed().as_secs_f64();
     Ok(Migration { from, to, seconds, report, client, verify_seconds })
-}
-
-/// Starts the receiver on the other host, and waits for its ticket.
-fn receive(stage: &Stage) -> Result<(Running, String)> {
-    let mut receiver = stage.receive()?;
-    loop {
-        if let Some(Ticket { destination }) = receiver.first() {
-            return Ok((receiver, destination));
-        }
-        stage.interrupt.check()?;
-        if !receiver.step()? {
-            let said = receiver.finish()?;
-            bail!("limosa receive ended without a ticket: {said}");
-        }
-        ensure!(receiver.age() < Duration::from_secs(30), "limosa receive prints no ticket");
-    }
 }
 
 /// Words for a line of progress.

@@ -4,14 +4,14 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use limosa_stage::{BRIDGE, CONTAINER, Host, Limosa, MARK, PREFIX, Place, Running, TICK, join, join_client};
 use tempfile::TempDir;
 
 use crate::counter::{Counter, Live, Seen, Totals};
 use crate::data;
 use crate::display::Display;
-use crate::hosts::{self, BRIDGE, CONTAINER, Host, PREFIX, Place};
+use crate::interrupt::Interrupt;
 use crate::inventory;
-use crate::limosa::{Interrupt, Limosa, MARK, Running, TICK};
 use crate::resp::Client;
 
 /// The port of redis.
@@ -51,8 +51,8 @@ impl Stage {
     /// The cables.
     pub fn connect_hosts(&self) -> Result<()> {
         let [a, b] = &self.hosts;
-        hosts::join(a, b)?;
-        hosts::join_client(&self.client, a)
+        join(a, b)?;
+        join_client(&self.client, a)
     }
 
     /// The host that redis is on.
@@ -89,7 +89,11 @@ impl Stage {
         let redis = ["redis-server", "--save", "", "--port", &port, "--bind", "0.0.0.0"];
         let options = ["--protected-mode", "no", "--dir", "/"];
         self.started = true;
-        self.limosa.run(self.here(), &self.interrupt, run.into_iter().chain(redis).chain(options))?;
+        self.limosa.run(
+            self.here(),
+            || self.interrupt.check(),
+            run.into_iter().chain(redis).chain(options),
+        )?;
         let begun = Instant::now();
         while self.connect().is_err() {
             self.interrupt.check()?;
@@ -108,12 +112,12 @@ impl Stage {
     /// Runs a shell script in the container.
     fn execute(&self, script: &str) -> Result<String> {
         let name = self.name();
-        self.limosa.run(self.here(), &self.interrupt, ["exec", &name, "--", "sh", "-c", script])
+        self.limosa.run(self.here(), || self.interrupt.check(), ["exec", &name, "--", "sh", "-c", script])
     }
 
     /// What redis wrote.
     fn log(&self) -> String {
-        let logs = self.limosa.run(self.here(), &self.interrupt, ["logs", &self.name()]);
+        let logs = self.limosa.run(self.here(), || self.interrupt.check(), ["logs", &self.name()]);
         logs.unwrap_or_else(|error| format!("({error:#})"))
     }
 
@@ -202,10 +206,9 @@ impl Stage {
         self.counter.take().context("the client does not run")?.stop()
     }
 
-    /// `limosa receive` on the other host.
-    pub fn receive(&self) -> Result<Running> {
-        let listen = format!("{}:0", self.there().address);
-        self.limosa.start(self.there(), ["--json", "receive", "--listen", &listen])
+    /// `limosa receive` on the other host, and where to migrate to.
+    pub fn receive(&self) -> Result<(Running, String)> {
+        limosa_stage::receive(&self.limosa, self.there(), || self.interrupt.check())
     }
 
     /// `limosa migrate` on this host.

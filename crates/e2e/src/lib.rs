@@ -3,6 +3,7 @@
 //! | module | what it gives a test |
 //! | --- | --- |
 //! | [`sandbox`] | namespaces of its own, and the check that nothing is left in them afterwards |
+//! | [`ground`], [`contained`] | where a program runs: beside its clients, or in a container on one of two hosts |
 //! | [`limosa`] | the program: `checkpoint`, `restore`, and what they said |
 //! | [`target`] | a `limosa-target`, or any program with the same protocol of files |
 //! | [`round_trip`] | checkpoint, restore several times, verify each time; and the refusal |
@@ -12,6 +13,8 @@
 //! The programs under test are those beside the running test in the build directory; `.config/nextest.toml` has them
 //! built first.
 
+pub mod contained;
+pub mod ground;
 pub mod limosa;
 pub mod programs;
 pub mod round_trip;

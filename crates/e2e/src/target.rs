@@ -2,65 +2,57 @@
 //! (documented in `crates/targets/src/main.rs`).
 
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, WaitOptions, waitpid};
 
-use crate::sandbox::{Sandbox, describe};
+use crate::ground::{Ground, check_alive};
+use crate::sandbox::describe;
 use crate::{built, wait_for};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A running program that leads a session of its own, with files as its standard descriptors.
-pub struct Target {
+pub struct Target<'g> {
     name: String,
+    ground: &'g dyn Ground,
     root: Pid,
     result: PathBuf,
 }
 
-impl Target {
+impl<'g> Target<'g> {
     /// Starts a `limosa-target` of `kind` and waits until it is ready.
-    pub fn start(sandbox: &Sandbox, kind: &str, options: &[&str]) -> Result<Self> {
-        let result = sandbox.path(kind);
-        let mut command = vec![built("limosa-target")?.into_os_string(), kind.into(), result.clone().into()];
-        command.extend(options.iter().map(Into::into));
-        Self::start_command(sandbox, kind, result, &command)
+    pub fn start(ground: &'g dyn Ground, kind: &str, options: &[&str]) -> Result<Self> {
+        let program = ground.program(&built("limosa-target")?)?;
+        let result = ground.directory().join(kind);
+        let mut command = vec![program.as_os_str(), kind.as_ref(), result.as_os_str()];
+        command.extend(options.iter().map(OsStr::new));
+        Self::start_command(ground, kind, result.clone(), &command)
     }
 
-    /// Starts `command`, which prints `ready` and answers in the file `result`.
-    pub fn start_command<S: AsRef<OsStr>>(
-        sandbox: &Sandbox,
+    /// Starts `command`, which prints `ready` and answers in the file `result`, as it knows it.
+    pub fn start_command(
+        ground: &'g dyn Ground,
         name: &str,
         result: PathBuf,
-        command: &[S],
+        command: &[&OsStr],
     ) -> Result<Self> {
-        let (out, err) = (sandbox.path(&format!("{name}.out")), sandbox.path(&format!("{name}.err")));
-        // `setsid` becomes the program (it forks only where it leads a group already).
-        let child = Command::new("setsid")
-            .args(command)
-            .current_dir(sandbox.directory())
-            .stdin(Stdio::null())
-            .stdout(File::create(&out)?)
-            .stderr(File::create(&err)?)
-            .spawn()
-            .with_context(|| format!("starting {name}"))?;
-        let root = Pid::from_child(&child);
+        let root = ground.start(name, command)?;
+        let out = ground.directory().join(format!("{name}.out"));
         wait_for(&format!("{name} getting ready"), PATIENCE, || {
-            if waitpid(Some(root), WaitOptions::NOHANG)?.is_some() {
-                bail!("{name} ended: {}", fs::read_to_string(&err)?);
-            }
-            Ok(fs::read_to_string(&out)?.contains("ready\n").then_some(()))
+            check_alive(ground, name, root)?;
+            let said = fs::read_to_string(ground.seen(&out)).unwrap_or_default();
+            Ok(said.contains("ready\n").then_some(()))
         })?;
-        Ok(Self { name: name.to_owned(), root, result })
+        Ok(Self { name: name.to_owned(), ground, root, result })
     }
 
     /// The process that leads it.
     pub fn root(&self) -> Pid {
-        self.root
+        self.ground.root(self.root)
     }
 
     /// Has it check its whole state; gives the detail of its answer.
@@ -82,19 +74,19 @@ impl Target {
 
     fn ask(&self, request: &str) -> Result<String> {
         let path = |extension: &str| {
-            let mut path = self.result.clone().into_os_string();
+            let mut path = self.ground.seen(&self.result).into_os_string();
             path.push(extension);
             PathBuf::from(path)
         };
-        let _ = fs::remove_file(&self.result);
+        let _ = fs::remove_file(path(""));
         fs::write(path(".go.new"), request)?;
         fs::rename(path(".go.new"), path(".go"))?;
         let answer = wait_for(&format!("the answer of {}", self.name), PATIENCE, || {
-            rustix::process::test_kill_process(self.root)
+            rustix::process::test_kill_process(self.root())
                 .with_context(|| format!("{} is gone without an answer", self.name))?;
-            Ok(fs::read_to_string(&self.result).ok())
+            Ok(fs::read_to_string(path("")).ok())
         })
-        .with_context(|| describe(self.root))?;
+        .with_context(|| describe(self.root()))?;
         match answer.trim_end().strip_prefix("ok") {
             Some(detail) => Ok(detail.trim().to_owned()),
             None => bail!("{}: {}", self.name, answer.trim_end()),

@@ -59,6 +59,7 @@ fn postgres() {
     sandboxed(|sandbox| {
         let mut postgres = Postgres::start(sandbox)?;
         clients_notice_nothing(sandbox, &mut postgres, 2)?;
+        println!("{}", postgres.end_load()?);
         postgres.stop()
     });
 }

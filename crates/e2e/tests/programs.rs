@@ -43,6 +43,7 @@ fn postgres() {
         for _ in 0..2 {
             println!("{}", postgres.verify()?);
         }
+        println!("{}", postgres.end_load()?);
         postgres.stop()
     });
 }

@@ -7,22 +7,22 @@ use anyhow::Result;
 use rustix::process::Pid;
 
 use super::Program;
-use crate::sandbox::Sandbox;
+use crate::ground::Ground;
 use crate::target::Target;
 
 /// The terminal and its shell.
-pub struct Bash {
-    target: Target,
+pub struct Bash<'g> {
+    target: Target<'g>,
 }
 
-impl Bash {
+impl<'g> Bash<'g> {
     /// Opens the terminal, starts bash on it, and has it start its jobs.
-    pub fn start(sandbox: &Sandbox) -> Result<Self> {
-        Ok(Self { target: Target::start(sandbox, "terminal", &[])? })
+    pub fn start(ground: &'g dyn Ground) -> Result<Self> {
+        Ok(Self { target: Target::start(ground, "terminal", &[])? })
     }
 }
 
-impl Program for Bash {
+impl Program for Bash<'_> {
     fn root(&self) -> Pid {
         self.target.root()
     }

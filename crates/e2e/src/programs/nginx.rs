@@ -1,54 +1,51 @@
 //! nginx with two workers and a client in the middle of a slow download.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, TcpStream};
 use std::path::Path;
-use std::process::Child;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Pid;
 
-use super::{Program, connect, start};
-use crate::sandbox::Sandbox;
+use super::{Program, connect};
+use crate::ground::Ground;
 
 const PORT: u16 = 8090;
-const SIZE: usize = 6 << 20;
-/// At 2 MiB/s a download takes about 3 s.
+const SIZE: usize = 4 << 20;
+/// At 2 MiB/s a download takes about 2 s.
 const RATE: &str = "2m";
 
 /// A running nginx.
-pub struct Nginx {
-    child: Child,
-    address: SocketAddr,
+pub struct Nginx<'g> {
+    ground: &'g dyn Ground,
+    root: Pid,
     content: Vec<u8>,
     download: Download,
 }
 
-impl Nginx {
+impl<'g> Nginx<'g> {
     /// Starts the server, and a download of which the first part has come.
-    pub fn start(sandbox: &Sandbox) -> Result<Self> {
-        let directory = sandbox.directory().join("nginx");
-        fs::create_dir_all(directory.join("root"))?;
+    pub fn start(ground: &'g dyn Ground) -> Result<Self> {
+        let directory = ground.directory().join("nginx");
+        fs::create_dir_all(ground.seen(&directory.join("root")))?;
         let content: Vec<u8> =
             (0..SIZE as u64 / 8).flat_map(|word| (word.wrapping_mul(0x9e37_79b9)).to_le_bytes()).collect();
-        fs::write(directory.join("root/large"), &content)?;
-        fs::write(directory.join("nginx.conf"), configuration(&directory))?;
+        fs::write(ground.seen(&directory.join("root/large")), &content)?;
         let configuration = directory.join("nginx.conf");
-        let prefix = directory.as_os_str();
-        let mut child = start(
-            &directory,
-            "nginx",
-            &["nginx".as_ref(), "-p".as_ref(), prefix, "-c".as_ref(), configuration.as_os_str()],
-        )?;
-        let address = SocketAddr::from(([127, 0, 0, 1], PORT));
-        drop(connect("nginx", &mut child, address)?);
-        Ok(Self { child, address, content, download: Download::start(address)? })
+        fs::write(ground.seen(&configuration), settings(&directory, ground.address()))?;
+        let command = ["nginx", "-p"].map(OsStr::new).into_iter();
+        let command: Vec<&OsStr> =
+            command.chain([directory.as_os_str(), "-c".as_ref(), configuration.as_os_str()]).collect();
+        let root = ground.start("nginx", &command)?;
+        let download = Download::start(connect(ground, "nginx", root, PORT)?)?;
+        Ok(Self { ground, root, content, download })
     }
 }
 
-fn configuration(directory: &Path) -> String {
+fn settings(directory: &Path, address: Ipv4Addr) -> String {
     let directory = directory.display();
     format!(
         "daemon off; master_process on; worker_processes 2; user root; pid {directory}/pid; error_log {directory}/error.log;
@@ -58,21 +55,22 @@ fn configuration(directory: &Path) -> String {
             client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxy;
             fastcgi_temp_path {directory}/fastcgi; uwsgi_temp_path {directory}/uwsgi; scgi_temp_path {directory}/scgi;
             server {{
-                listen 127.0.0.1:{PORT};
+                listen {address}:{PORT};
                 location / {{ root {directory}/root; limit_rate {RATE}; }}
             }}
         }}\n"
     )
 }
 
-impl Program for Nginx {
+impl Program for Nginx<'_> {
     fn root(&self) -> Pid {
-        Pid::from_child(&self.child)
+        self.ground.root(self.root)
     }
 
     /// Finishes the download that was under way, compares it, and begins the next.
     fn verify(&mut self) -> Result<String> {
-        let download = std::mem::replace(&mut self.download, Download::start(self.address)?);
+        let next = Download::start(connect(self.ground, "nginx", self.root, PORT)?)?;
+        let download = std::mem::replace(&mut self.download, next);
         let already = download.received.len();
         let received = download.finish()?;
         ensure!(received.len() == self.content.len(), "{} bytes of {}", received.len(), self.content.len());
@@ -89,8 +87,7 @@ struct Download {
 
 impl Download {
     /// Sends the request and reads the first 64 KiB.
-    fn start(address: SocketAddr) -> Result<Self> {
-        let mut stream = TcpStream::connect(address).context("connecting to nginx")?;
+    fn start(mut stream: TcpStream) -> Result<Self> {
         stream.set_read_timeout(Some(Duration::from_secs(30)))?;
         stream.write_all(b"GET /large HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
         let mut stream = BufReader::new(stream);

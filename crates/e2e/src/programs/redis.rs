@@ -1,25 +1,26 @@
 //! redis-server with three clients on connections that stay open: one increments counters, one waits in `BLPOP`, one
 //! has a transaction half queued.
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpStream};
-use std::process::Child;
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Pid;
 
-use super::{Program, connect, start};
-use crate::sandbox::Sandbox;
+use super::{Program, connect};
+use crate::ground::Ground;
 
-/// Where it listens, on 127.0.0.1.
+/// Where it listens.
 pub const PORT: u16 = 6390;
 const PATIENCE: Duration = Duration::from_secs(30);
 const COUNTERS: u64 = 16;
 
 /// A redis with `keys` keys of about 1 KiB.
-pub struct Redis {
-    child: Child,
+pub struct Redis<'g> {
+    ground: &'g dyn Ground,
+    root: Pid,
     keys: u64,
     counting: Client,
     blocked: Client,
@@ -28,31 +29,19 @@ pub struct Redis {
     largest_gap: Duration,
 }
 
-impl Redis {
+impl<'g> Redis<'g> {
     /// Starts the server and fills it.
-    pub fn start(sandbox: &Sandbox, keys: u64) -> Result<Self> {
-        let port = PORT.to_string();
-        let directory = sandbox.directory().as_os_str();
-        let mut child = start(
-            sandbox.directory(),
-            "redis",
-            &[
-                "redis-server".as_ref(),
-                "--port".as_ref(),
-                port.as_ref(),
-                "--bind".as_ref(),
-                "127.0.0.1".as_ref(),
-                "--dir".as_ref(),
-                directory,
-                "--save".as_ref(),
-                "".as_ref(),
-            ],
-        )?;
-        let address = SocketAddr::from(([127, 0, 0, 1], PORT));
-        let mut client = || Ok::<_, anyhow::Error>(Client::new(connect("redis", &mut child, address)?));
+    pub fn start(ground: &'g dyn Ground, keys: u64) -> Result<Self> {
+        let (port, address, directory) = (PORT.to_string(), ground.address().to_string(), ground.directory());
+        let listen = ["redis-server", "--port", &port, "--bind", &address, "--protected-mode", "no"];
+        let rest = ["--save".as_ref(), "".as_ref(), "--dir".as_ref(), directory.as_os_str()];
+        let command: Vec<&OsStr> = listen.iter().map(OsStr::new).chain(rest).collect();
+        let root = ground.start("redis", &command)?;
+        let client = || Ok::<_, anyhow::Error>(Client::new(connect(ground, "redis", root, PORT)?));
         let (counting, blocked, queueing) = (client()?, client()?, client()?);
         let mut redis = Self {
-            child,
+            ground,
+            root,
             keys,
             counting,
             blocked,
@@ -99,9 +88,9 @@ impl Redis {
     }
 }
 
-impl Program for Redis {
+impl Program for Redis<'_> {
     fn root(&self) -> Pid {
-        Pid::from_child(&self.child)
+        self.ground.root(self.root)
     }
 
     fn verify(&mut self) -> Result<String> {

@@ -1,4 +1,4 @@
-//! The places of the demo: two hosts and a client, as network namespaces without names.
+//! The places: hosts and a client, as network namespaces without names.
 
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;

@@ -1,6 +1,5 @@
-//! Running the real `limosa` program on the demo's hosts.
+//! Running the real `limosa` program on the hosts.
 
-use std::cell::Cell;
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
@@ -9,60 +8,17 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use limosa_kernel::signals::Signals;
-use rustix::process::Signal;
 use serde::de::DeserializeOwned;
 
 use crate::hosts::Host;
 
-/// The environment variable by which processes of the demo, those in the container included, are known.
-pub const MARK: &str = "LIMOSA_DEMO";
+/// The environment variable by which the processes on the hosts, those in the containers included, are known.
+pub const MARK: &str = "LIMOSA_STAGE";
 
 /// How long one run of the program may take.
 const LIMIT: Duration = Duration::from_mins(5);
-/// How often whoever waits looks at signals and the display.
+/// How often whoever waits looks around.
 pub const TICK: Duration = Duration::from_millis(40);
-
-/// Somebody wants the demo to end.
-#[derive(Debug)]
-pub struct Interrupted;
-
-impl std::fmt::Display for Interrupted {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str("interrupted")
-    }
-}
-
-impl std::error::Error for Interrupted {}
-
-/// Ctrl-C and the like, seen only where they are looked for.
-#[derive(Debug)]
-pub struct Interrupt {
-    signals: Signals,
-    came: Cell<bool>,
-}
-
-impl Interrupt {
-    /// From now on; before any thread is started.
-    pub fn new() -> Result<Self> {
-        let wanted = [Signal::INT, Signal::TERM, Signal::HUP].map(Signal::as_raw);
-        Ok(Self { signals: Signals::gather(&wanted)?, came: Cell::new(false) })
-    }
-
-    /// Fails, as [`Interrupted`], once a signal has come.
-    pub fn check(&self) -> Result<()> {
-        if self.signals.next().is_some() {
-            self.came.set(true);
-        }
-        if self.came.get() { Err(Interrupted.into()) } else { Ok(()) }
-    }
-
-    /// What has come so far is forgotten: the cleaning up is not interrupted.
-    pub fn forget(&self) {
-        while self.signals.next().is_some() {}
-        self.came.set(false);
-    }
-}
 
 /// The program.
 #[derive(Debug)]
@@ -87,25 +43,35 @@ impl Limosa {
 
     /// Starts `limosa ARGUMENTS` on `host`.
     pub fn start<I: IntoIterator<Item: AsRef<OsStr>>>(&self, host: &Host, arguments: I) -> Result<Running> {
+        self.start_with(host, arguments, |command| command.stdin(Stdio::null()))
+    }
+
+    /// Likewise, with what `adapt` adds to the command.
+    pub fn start_with<I: IntoIterator<Item: AsRef<OsStr>>>(
+        &self,
+        host: &Host,
+        arguments: I,
+        adapt: impl FnOnce(&mut Command) -> &mut Command,
+    ) -> Result<Running> {
         use std::os::unix::process::CommandExt;
         let arguments: Vec<_> = arguments.into_iter().map(|one| one.as_ref().to_owned()).collect();
         let what = arguments.iter().find(|one| !one.to_string_lossy().starts_with('-'));
         let what =
             format!("limosa {} on {}", what.map_or("".into(), |what| what.to_string_lossy()), host.name);
         let _there = host.place.enter()?;
-        let mut child = Command::new(&self.path)
+        let mut command = Command::new(&self.path);
+        command
             .arg("--state-dir")
             .arg(&host.state_dir)
             .args(arguments)
             .env(MARK, &self.mark)
             .env("TMPDIR", host.state_dir.parent().unwrap_or(&host.state_dir))
-            .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             // Ctrl-C is for this program, which then ends that one.
-            .process_group(0)
-            .spawn()
-            .with_context(|| format!("starting {}", self.path.display()))?;
+            .process_group(0);
+        let mut child =
+            adapt(&mut command).spawn().with_context(|| format!("starting {}", self.path.display()))?;
         let (sender, lines) = channel();
         let (out, err) = (child.stdout.take(), child.stderr.take());
         follow(out.context("no output")?, Line::Out, sender.clone());
@@ -121,16 +87,17 @@ impl Limosa {
         })
     }
 
-    /// Runs `limosa ARGUMENTS` on `host` to its end: what it wrote to standard output.
+    /// Runs `limosa ARGUMENTS` on `host` to its end: what it wrote to standard output. An error of `check`, which is
+    /// called every [`TICK`], ends it.
     pub fn run<I: IntoIterator<Item: AsRef<OsStr>>>(
         &self,
         host: &Host,
-        interrupt: &Interrupt,
+        mut check: impl FnMut() -> Result<()>,
         arguments: I,
     ) -> Result<String> {
         let mut running = self.start(host, arguments)?;
         while running.step()? {
-            interrupt.check()?;
+            check()?;
         }
         running.finish()
     }

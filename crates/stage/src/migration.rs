@@ -1,0 +1,36 @@
+//! What a migration needs on the other host.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail, ensure};
+use serde::Deserialize;
+
+use crate::hosts::Host;
+use crate::program::{Limosa, Running};
+
+/// What a listening `limosa receive --json` says first.
+#[derive(Deserialize)]
+struct Ticket {
+    destination: String,
+}
+
+/// Starts `limosa receive` on `host` and waits for the destination that it prints. An error of `check` ends it.
+pub fn receive(
+    limosa: &Limosa,
+    host: &Host,
+    mut check: impl FnMut() -> Result<()>,
+) -> Result<(Running, String)> {
+    let listen = format!("{}:0", host.address);
+    let mut receiver = limosa.start(host, ["--json", "receive", "--listen", &listen])?;
+    loop {
+        if let Some(Ticket { destination }) = receiver.first() {
+            return Ok((receiver, destination));
+        }
+        check()?;
+        if !receiver.step()? {
+            let said = receiver.finish()?;
+            bail!("limosa receive ended without a ticket: {said}");
+        }
+        ensure!(receiver.age() < Duration::from_secs(30), "limosa receive prints no ticket");
+    }
+}
