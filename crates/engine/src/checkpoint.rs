@@ -18,6 +18,7 @@ use limosa_puppet::{Program, Vdso, Visit, step_out_of_stub};
 
 use crate::error::{CaptureError, Refusal};
 use crate::freeze::{Frozen, FrozenProcess};
+use crate::guardian::{self, Guardian};
 use crate::memory::{self, SpaceAllocator};
 use crate::network::{self, Network};
 use crate::peers;
@@ -118,11 +119,24 @@ impl Captured {
         if self.own_pid_namespace {
             self.frozen.end(|_, _| {})?;
         } else {
+            // If we are killed from here on, the rest ends, too.
+            let _guardian = guard(&self.frozen.living())?;
             self.frozen.end(reap_children)?;
         }
         self.network.abandon(&network::left_behind(self.root));
         Ok(())
     }
+}
+
+/// A guardian for processes that end one after the other; one process needs none.
+fn guard(pids: &[i32]) -> Result<Option<Guardian>, CaptureError> {
+    if pids.len() < 2 {
+        return Ok(None);
+    }
+    let mut arena = guardian::arena()?;
+    let mut guardian = guardian::Idle::new(&mut arena)?.post(&mut arena, pids)?;
+    guardian.is_there(&arena)?;
+    Ok(Some(guardian))
 }
 
 /// What processes or threads may share beyond what fork(2) and pthread_create(3) make them share.

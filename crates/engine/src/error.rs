@@ -97,6 +97,9 @@ pub enum CaptureError {
     /// Asking a thread failed.
     #[error(transparent)]
     Visit(#[from] VisitError),
+    /// The guardian over the end of several processes could not be made.
+    #[error("preparing to end the source")]
+    Guardian(#[from] ResidentError),
     /// A question to a process was answered with an error.
     #[error("asking process {pid}: {source}")]
     Question {

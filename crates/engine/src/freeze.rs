@@ -126,6 +126,12 @@ impl Frozen {
         }
     }
 
+    /// The processes that have not ended yet.
+    pub fn living(&self) -> Vec<i32> {
+        let living = self.processes.iter().filter(|process| !process.threads.is_empty());
+        living.map(|process| process.pid).collect()
+    }
+
     /// Ends all processes, children before parents, and reaps those whose parent is in the tree; the root
     /// is left to its own parent.
     pub fn end(mut self, mut reap: impl FnMut(i32, &[i32])) -> Result<(), CaptureError> {

@@ -7,6 +7,7 @@ pub mod check;
 pub mod checkpoint;
 mod error;
 mod freeze;
+mod guardian;
 pub mod memory;
 pub mod network;
 mod peers;

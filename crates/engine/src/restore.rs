@@ -27,6 +27,7 @@ use limosa_puppet::{Arena, Resident};
 use rustix::fs::{Mode, OFlags};
 
 use crate::error::RestoreError;
+use crate::guardian;
 use crate::network::Restored;
 use crate::plan::{Kin, NodeId, Plan, Role};
 use crate::report::Report;
@@ -230,6 +231,8 @@ pub(crate) struct Nursery {
     pub(crate) ended: Vec<NodeId>,
     /// Whether the tree is on its own now.
     pub(crate) released: bool,
+    /// In the host's PID namespace, of a tree with several processes: what can end all of them.
+    pub(crate) guardian: Option<guardian::Idle>,
     was_subreaper: bool,
 }
 

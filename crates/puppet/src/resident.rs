@@ -106,23 +106,22 @@ impl Birth {
 }
 
 impl Resident {
-    /// Forks a child of the calling thread into a bare puppet: seized, killed when the controller dies, all
-    /// signals blocked, no restartable sequences, nothing mapped but the arena, descriptors untouched.
+    /// Forks a child of the calling thread into a bare puppet: killed when that thread ends, all signals blocked, no
+    /// restartable sequences, nothing mapped but the arena, descriptors untouched.
     pub fn bare_child(arena: &mut Arena) -> Result<Self, ResidentError> {
         let mailbox = arena.allocate(MAILBOX)?;
         fault::point();
         let pid = fork_into(arena.wait_address(), mailbox.address).map_err(ResidentError::Start)?;
         let mut resident = Self { pid, mailbox, region: Slice { address: 0, length: 0 } };
-        // PTRACE_SEIZE does not stop; the one stop is for asking where rseq is registered.
-        ptrace::seize(pid, ptrace::Options::EXIT_KILL | ptrace::Options::SUSPEND_SECCOMP)
-            .or_else(|_| ptrace::seize(pid, ptrace::Options::EXIT_KILL))?;
+        // Attached for a moment, with one stop, to ask where rseq is registered.
+        ptrace::seize(pid, ptrace::Options::EXIT_KILL)?;
         ptrace::interrupt(pid)?;
         match ptrace::wait(pid)? {
             WaitStatus::Stopped { .. } => {}
             status => return Err(ResidentError::Died { pid, how: format!("{status:?}") }),
         }
         let rseq = ptrace::rseq_configuration(pid).unwrap_or_default();
-        ptrace::resume(pid, 0)?;
+        ptrace::detach(pid, 0)?;
         let mut program = Program::new();
         let all = program.words(&[u64::MAX]);
         program.call(
@@ -180,6 +179,11 @@ impl Resident {
         let outcome = running.rendered.outcome(image);
         outcome.check().map_err(|source| ResidentError::Program { pid: self.pid, source })?;
         Ok(outcome)
+    }
+
+    /// Whether a program has come to its end.
+    pub fn has_finished(&self, arena: &Arena, running: &Running) -> bool {
+        arena.word(self.mailbox, 1).load(Ordering::Acquire) == running.command
     }
 
     /// Runs a program to its end.

@@ -1,6 +1,6 @@
 //! Births: the whole tree makes itself, by the first programs of its puppets.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use limosa_kernel::proc::ProcDir;
@@ -9,6 +9,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::{ARENA_SIZE, Nursery, Place};
 use crate::error::RestoreError;
+use crate::guardian;
 use crate::plan::{NodeId, Plan, Role, Step};
 use crate::resources::signal_handlers;
 use crate::resources::terminal::Rebuilt;
@@ -72,7 +73,7 @@ pub(crate) fn give_birth(
         let program = first_program(tree, plan, node, cradle, socket_number);
         births.insert(node, Birth::new(&mut arena, program)?);
     }
-    let mut midwife = Resident::bare_child(&mut arena)?;
+    let mut midwife = midwife(tree, plan, &mut arena)?;
     let bed = Bed { place, socket: &theirs, socket_number, terminals };
     let delivered = deliver_root(&mut midwife, &mut arena, &births[&0], tree.processes[0].pid, &bed);
     let mut nursery = Nursery {
@@ -85,10 +86,13 @@ pub(crate) fn give_birth(
         ended: Vec::new(),
         released: false,
         was_subreaper,
+        guardian: Some(midwife.into()),
     };
-    // The midwife has done its work, whether or not the root could be born.
-    limosa_kernel::task::signal_process(midwife.pid(), libc::SIGKILL)?;
-    limosa_kernel::ptrace::wait(midwife.pid())?;
+    // The midwife has done its work, whether or not the root could be born. Of a container's tree, all ends with the
+    // root; any other tree may need a guardian.
+    if place.is_some() || tree.living().nth(1).is_none() {
+        nursery.guardian = None;
+    }
     let running: Vec<(NodeId, Running)> = adopt(plan, births, delivered?, place.is_some(), &mut nursery);
     for (node, running) in running {
         let outcome = nursery.puppets[node].finish(&nursery.arena, running);
@@ -100,6 +104,21 @@ pub(crate) fn give_birth(
         identify(&mut nursery)?;
     }
     Ok(nursery)
+}
+
+/// A bare child whose own PID the tree does not need.
+fn midwife(tree: &Tree, plan: &Plan, arena: &mut Arena) -> Result<Resident, RestoreError> {
+    let processes = plan.nodes.iter().map(|node| node.pid);
+    let threads = tree.living().flat_map(|(_, body)| body.threads.iter().map(|thread| thread.tid));
+    let needed: HashSet<i32> = processes.chain(threads).collect();
+    loop {
+        let midwife = Resident::bare_child(arena)?;
+        if !needed.contains(&midwife.pid()) {
+            return Ok(midwife);
+        }
+        // The kernel gives PIDs in turn: the next one is another.
+        drop(guardian::Idle::from(midwife));
+    }
 }
 
 /// Finds out which PID each puppet has here, by its PID in the tree's own namespace.

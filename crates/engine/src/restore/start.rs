@@ -3,8 +3,9 @@
 use limosa_kernel::proc::ProcDir;
 use limosa_kernel::ptrace::{self, Options, WaitStatus};
 
-use super::{Inside, Nursery};
+use super::{Inside, Nursery, is_alive};
 use crate::error::RestoreError;
+use crate::guardian::Guardian;
 use crate::resources::job_control;
 use crate::state::{Life, Thread, Tree};
 
@@ -16,6 +17,7 @@ struct Actor<'a> {
 
 /// Gives all threads their registers, then lets all of them go.
 pub(crate) fn start_all(tree: &Tree, nursery: &mut Nursery) -> Result<(), RestoreError> {
+    let guardian = post_guardian(tree, nursery)?;
     let mut stopped = Vec::new();
     for (index, process) in tree.processes.iter().enumerate() {
         if let Life::Alive(body) = &process.life {
@@ -38,14 +40,49 @@ pub(crate) fn start_all(tree: &Tree, nursery: &mut Nursery) -> Result<(), Restor
     for actor in &actors {
         actor.thread.state.finish(actor.tid)?;
     }
-    // From here on the tree runs; there is no way back that would not be seen.
-    nursery.released = true;
-    // The root's leader last: if we are killed before, it dies with us, and with it all of its process and of a PID
-    // namespace that it leads.
-    for actor in actors.iter().rev() {
-        ptrace::detach(actor.tid, 0)?;
+    // Kept until all are let go: it need not be waited for before.
+    let _dismissed = commit(&actors, nursery, guardian)?;
+    for actor in &actors {
+        match ptrace::detach(actor.tid, 0) {
+            // What was let go before may have ended it.
+            Err(error) if !error.is_gone() => tracing::warn!(%error, "a thread goes on when Limosa ends"),
+            _ => {}
+        }
     }
     Ok(())
+}
+
+/// In the host's PID namespace, the guardian of a tree with several processes.
+fn post_guardian(tree: &Tree, nursery: &mut Nursery) -> Result<Option<Guardian>, RestoreError> {
+    let Some(idle) = nursery.guardian.take() else { return Ok(None) };
+    let alive = (0..tree.processes.len()).filter(|index| is_alive(tree, *index));
+    let pids: Vec<i32> = alive.map(|index| nursery.puppets[index].pid()).collect();
+    Ok(Some(idle.post(&mut nursery.arena, &pids)?))
+}
+
+/// From one operation to the next the whole tree stays, whatever becomes of us: before it, our death ends all of it;
+/// after it, our death lets all of it go (as ptrace does with what is attached).
+fn commit(
+    actors: &[Actor],
+    nursery: &mut Nursery,
+    mut guardian: Option<Guardian>,
+) -> Result<Option<Guardian>, RestoreError> {
+    let root = nursery.puppets[0].pid();
+    if let Some(guardian) = &mut guardian {
+        guardian.is_there(&nursery.arena)?;
+    }
+    // Without a guardian the root's leader goes on dying with us, and with it all of its process and of a PID namespace
+    // that it leads.
+    for actor in actors.iter().filter(|actor| guardian.is_some() || actor.tid != root) {
+        ptrace::set_options(actor.tid, Options::empty())?;
+    }
+    match &guardian {
+        Some(guardian) => guardian.dismiss()?,
+        None => ptrace::set_options(root, Options::empty())?,
+    }
+    // There is no way back that would not be seen.
+    nursery.released = true;
+    Ok(guardian)
 }
 
 /// Seizes the leaders of all puppet processes, which run on, and die with us from now on. Until here they die with
