@@ -30,10 +30,10 @@ test-vm: ## Run the suite that migrates between two virtual machines (needs root
 	@scripts/test-vm
 
 .PHONY: sweep
-sweep: ## Kill Limosa at every single one of its operations (needs root; `make test` kills at some)
+sweep: ## Kill Limosa at each of its operations, restore thousands of hostile checkpoints (needs root; `make test` does some)
 	@scripts/ensure-packages test
 	LIMOSA_SWEEP=full LIMOSA_SWEEP_SECONDS=$${LIMOSA_SWEEP_SECONDS:-120} $(CARGO) nextest run --locked --profile sweep \
-		-p limosa-e2e -p limosa-puppet --test kill_sweep
+		-p limosa-e2e -p limosa-puppet --test kill_sweep --test hostile_checkpoints
 
 .PHONY: demo
 demo: ## Move a running redis between two hosts and back, under a connected client (needs root)

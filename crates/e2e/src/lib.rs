@@ -8,6 +8,7 @@
 //! | [`target`] | a `limosa-target`, or any program with the same protocol of files |
 //! | [`round_trip`] | checkpoint, restore several times, verify each time; and the refusal |
 //! | [`sweep`] | `limosa` killed at its N-th operation on the kernel, and what must be whole then |
+//! | [`hostile`] | checkpoints with one value replaced by what it should never be |
 //! | [`programs`] | redis, nginx, Python, bash on a terminal, PostgreSQL, each with a client that verifies state |
 //!
 //! The programs under test are those beside the running test in the build directory; `.config/nextest.toml` has them
@@ -15,6 +16,7 @@
 
 pub mod contained;
 pub mod ground;
+pub mod hostile;
 pub mod limosa;
 pub mod programs;
 pub mod round_trip;

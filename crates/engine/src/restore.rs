@@ -188,6 +188,9 @@ fn lock_connections(tree: &Tree) -> Result<Restored, RestoreError> {
     Restored::lock(&connections, tree.packet_lock.as_deref())
 }
 
+/// Numbers of descriptors can be higher only where somebody set `fs.nr_open` a thousand times as high as it comes.
+const HIGHEST_DESCRIPTOR: i32 = 1 << 30;
+
 /// Checks what the type system does not: numbers that refer to something.
 fn check(tree: &Tree) -> Result<(), RestoreError> {
     for (process, body) in tree.living() {
@@ -201,7 +204,11 @@ fn check(tree: &Tree) -> Result<(), RestoreError> {
         }
         let mut last = -1;
         for descriptor in &body.descriptors {
-            if descriptor.description >= tree.descriptions.len() || descriptor.number <= last {
+            let number = descriptor.number;
+            if descriptor.description >= tree.descriptions.len()
+                || number <= last
+                || number > HIGHEST_DESCRIPTOR
+            {
                 let what = format!("descriptor {} of process {}", descriptor.number, process.pid);
                 return Err(RestoreError::inconsistent(what));
             }
