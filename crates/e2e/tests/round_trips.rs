@@ -11,6 +11,7 @@ use limosa_e2e::limosa::{self, Source};
 use limosa_e2e::programs::Python;
 use limosa_e2e::round_trip::{refused, round_trip, round_trip_of};
 use limosa_e2e::sandbox::sandboxed;
+use limosa_e2e::target::Target;
 use limosa_e2e::wait_for;
 use rustix::process::Pid;
 
@@ -39,12 +40,14 @@ round_trips! {
     events: "events";
     files: "files";
     heartbeat: "heartbeat";
+    locks: "locks";
     memory: "memory";
     memory_advice: "memory-advice";
     memory_file: "memory-file";
     memory_shared: "memory-shared";
     memory_system_v: "memory-shared" "system-v";
     misc: "misc";
+    odd_files: "odd-files";
     registers: "registers";
     seccomp: "seccomp";
     signals: "signals";
@@ -65,6 +68,33 @@ refusals! {
     inet_sockets_are_refused: "sockets-inet" [] "socket";
     unix_sockets_are_refused: "sockets-unix" ["waiting"] "socket";
     a_descriptor_only_in_flight_is_refused: "sockets-unix" ["in-flight"] "in flight";
+    io_uring_is_refused: "refused" ["io-uring"] "it is an io_uring";
+    userfaultfd_is_refused: "refused" ["userfaultfd"] "it is a userfaultfd";
+    fanotify_is_refused: "refused" ["fanotify"] "it is a fanotify group";
+    perf_is_refused: "refused" ["perf"] "performance counter";
+    bpf_is_refused: "refused" ["bpf"] "BPF";
+    tun_is_refused: "refused" ["tun"] "it is a TUN/TAP device";
+    fuse_is_refused: "refused" ["fuse"] "FUSE";
+    a_namespace_is_refused: "refused" ["network-namespace"] "descriptor of a namespace";
+    a_file_of_a_thread_is_refused: "refused" ["thread-file"] "not there yet";
+    asynchronous_io_is_refused: "refused" ["aio"] "io_setup";
+    a_lease_is_refused: "refused" ["lease"] "it holds a lease";
+}
+
+/// A child that unshared its network namespace once came back in its parent's, without a word.
+#[test]
+fn a_child_in_a_namespace_of_its_own_is_refused() {
+    sandboxed(|sandbox| {
+        let target = Target::start(sandbox, "refused", &["child-namespace"])?;
+        let said = limosa::checkpoint(sandbox, target.root(), &sandbox.path("out"), Source::Ends, &[])?;
+        ensure!(
+            said.status == Some(1) && said.err.contains("namespace of its own within the tree (net)"),
+            "{said:?}"
+        );
+        target.verify()?;
+        target.quit()?;
+        sandbox.end_all()
+    });
 }
 
 #[test]

@@ -24,11 +24,13 @@ targets! {
     events: "events";
     files: "files";
     heartbeat: "heartbeat";
+    locks: "locks";
     memory: "memory";
     memory_advice: "memory-advice";
     memory_file: "memory-file";
     memory_shared: "memory-shared";
     misc: "misc";
+    odd_files: "odd-files";
     pipes: "pipes";
     registers: "registers";
     seccomp: "seccomp";

@@ -24,6 +24,7 @@ use crate::network::{self, Network};
 use crate::peers;
 use crate::report::Report;
 use crate::resources::mapping::MappingState;
+use crate::resources::namespaces::Home;
 use crate::resources::shared_memory::SharedObjects;
 use crate::resources::terminal::Terminals;
 use crate::resources::{
@@ -74,7 +75,12 @@ pub fn capture(
 ) -> Result<Captured, CaptureError> {
     let frozen = report.phase("freeze", |_| Frozen::stop(root))?;
     let views = report.phase("look", |_| views(&frozen))?;
-    report.phase("sharing", |_| refuse_sharing(&frozen))?;
+    report.phase("sharing", |_| -> Result<(), CaptureError> {
+        refuse_sharing(&frozen)?;
+        let home = Home::of(views[0].proc);
+        let mut living = views.iter().filter(|view| view.status.state != TaskState::Zombie);
+        living.try_for_each(|view| home.refuse_strays(view))
+    })?;
     let mut spaces = SpaceAllocator::default();
     let mut shared = SharedObjects::default();
     let namespaces = NamespaceState::capture(&views[0], options.container, Some(&mut *sink))?;

@@ -21,12 +21,14 @@ use crate::error::{CaptureError, Refusal};
 use crate::memory::SpaceAllocator;
 use crate::network::Network;
 use crate::resources::mapping::MappingState;
+use crate::resources::namespaces::Home;
 use crate::resources::shared_memory::SharedObjects;
 use crate::resources::{CaptureContext, DescriptorState, NamespaceState, filesystem};
 use crate::view::{DescriptionView, ProcessView};
 
 /// Rooms whose capture leaves no trace and needs nothing to stand still.
-const LOOKING: [&str; 7] = ["eventfd", "timerfd", "signalfd", "inotify", "memfd", "other_socket", "file"];
+const LOOKING: [&str; 8] =
+    ["eventfd", "timerfd", "signalfd", "inotify", "memfd", "other_socket", "file", "other_file"];
 /// How long two processes must share something before it is not taken for a child on its way to execve(2).
 const MOMENT: Duration = Duration::from_millis(20);
 
@@ -52,9 +54,14 @@ pub fn look(root: i32, options: &Options) -> Result<Vec<Refusal>, CaptureError> 
             Err(error) => tracing::debug!(pid = member.pid, %error, "not looked at"),
         }
     }
+    let home = members.first().map(|root| Home::of(&root.proc));
     for view in views.iter().filter(|view| view.status.state != TaskState::Zombie) {
         refusals.extend(traced(view));
-        note(&mut refusals, filesystem::refuse_deleted(view));
+        note(&mut refusals, filesystem::root(view));
+        if let Some(home) = &home {
+            note(&mut refusals, home.refuse_strays(view));
+            note(&mut refusals, home.refuse_stray_threads(view));
+        }
         refusals.extend(MappingState::refusals(view, &mut shared));
     }
     if let Some(root) = views.first() {

@@ -63,6 +63,11 @@ impl DescriptionView<'_> {
         String::from_utf8_lossy(&self.link).into_owned()
     }
 
+    /// Whether it stands for a place in a filesystem only (`O_PATH`).
+    pub fn is_path(&self) -> bool {
+        self.info.flags & libc::O_PATH as u32 != 0
+    }
+
     /// Whether the file is on a mount of the process's own mount namespace.
     pub fn is_reachable(&self) -> Result<bool, crate::CaptureError> {
         let Some(mount) = self.info.mnt_id else { return Ok(true) };

@@ -14,14 +14,12 @@ use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
-use super::{CaptureContext, DescriptorKind, RebuildContext};
+use super::{CaptureContext, DescriptorKind, RebuildContext, paths};
 use crate::error::{CaptureError, RestoreError};
 use crate::view::DescriptionView;
 
 /// Most numbers that are tried for one inotify; each costs a microsecond or two.
 const TRIES_MAX: i32 = 1 << 20;
-/// Most entries of directories that are looked at for an inode whose handle leads nowhere.
-const SEARCH_MAX: usize = 300_000;
 
 /// An inotify.
 #[derive(Debug, Serialize, Deserialize)]
@@ -123,11 +121,8 @@ fn find(view: &DescriptionView, watch: &InotifyWatch) -> Result<Vec<u8>, Capture
         if let Some(path) = by_handle(&root, &point, watch) {
             return Ok(path);
         }
-        let mut left = SEARCH_MAX;
-        if let Some(found) = search(&point, watch.ino, &mut left)
-            && let Ok(path) = found.strip_prefix(&root)
-        {
-            return Ok([b"/", path.as_os_str().as_bytes()].concat());
+        if let Some(path) = paths::search(&root, &point, watch.ino) {
+            return Ok(path);
         }
     }
     let reason = format!(
@@ -147,27 +142,4 @@ fn by_handle(root: &Path, point: &Path, watch: &InotifyWatch) -> Option<Vec<u8>>
     // An inode that is in no directory cache, or deleted, has no whole path.
     let inside = root.join(std::ffi::OsStr::from_bytes(path.strip_prefix(b"/")?));
     rustix::fs::lstat(inside).is_ok_and(|stat| stat.st_ino == watch.ino).then_some(path)
-}
-
-/// Breadth first: what programs watch lies rarely deep.
-fn search(point: &Path, inode: u64, left: &mut usize) -> Option<PathBuf> {
-    use std::os::unix::fs::{DirEntryExt, MetadataExt};
-    let top = std::fs::metadata(point).ok()?;
-    if top.ino() == inode {
-        return Some(point.to_owned());
-    }
-    let mut queue = std::collections::VecDeque::from([point.to_owned()]);
-    while let Some(directory) = queue.pop_front() {
-        for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
-            *left = left.checked_sub(1)?;
-            if entry.ino() == inode {
-                return Some(entry.path());
-            }
-            let same_filesystem = || entry.metadata().is_ok_and(|found| found.dev() == top.dev());
-            if entry.file_type().is_ok_and(|kind| kind.is_dir()) && same_filesystem() {
-                queue.push_back(entry.path());
-            }
-        }
-    }
-    None
 }

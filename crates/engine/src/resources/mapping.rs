@@ -167,6 +167,17 @@ impl MappingState {
         let backing = match &mapping.name {
             // A private mapping of /dev/zero is anonymous; a shared one is of a nameless file of that name.
             MappingName::Path { path, deleted: false } if path == b"/dev/zero" => Backing::Anonymous,
+            MappingName::Path { path, .. } if path == b"/[aio]" => {
+                let remedy = "run the program without asynchronous I/O of the kernel's (io_setup)";
+                return Err(refuse(
+                    "it is the ring of io_setup(2), whose requests are in the kernel's hands",
+                    remedy,
+                ));
+            }
+            MappingName::Path { path, .. } if path == b"/secretmem" => {
+                let remedy = "have the process unmap it (memfd_secret) before the checkpoint";
+                return Err(refuse("it is secret memory, which nobody but its process may read", remedy));
+            }
             MappingName::Path { path, deleted } if *deleted || is_shared_memory(path) => {
                 let object = shared.of_mapping(process, mapping, path)?;
                 if flags.contains(VmFlags::MAY_SHARE) {

@@ -26,6 +26,7 @@ pub mod file_locks;
 pub(crate) mod job_control;
 pub mod mapping;
 pub mod namespaces;
+mod paths;
 pub mod shared_memory;
 
 pub use context::{CaptureContext, Holder, RebuildContext};
@@ -161,7 +162,7 @@ macro_rules! descriptor_kinds {
                 $(if <$type as DescriptorKind>::recognise(view) {
                     return <$type as DescriptorKind>::capture(view, context).map(Self::$variant);
                 })*
-                Err(view.refuse("Limosa does not know this kind of file", "close it before the checkpoint").into())
+                Err(view.refuse("no room of Limosa's recognises it", "close it before the checkpoint").into())
             }
 
             /// The name of the first room that recognises the description.
@@ -251,4 +252,5 @@ descriptor_kinds! {
     terminal: Terminal(terminal::TerminalEnd),
     pipe: Pipe(pipe::Pipe),
     file: File(file::File),
+    other_file: OtherFile(other_file::OtherFile),
 }

@@ -40,7 +40,8 @@ pub struct Content {
 
 impl DescriptorKind for Pipe {
     fn recognise(view: &DescriptionView) -> bool {
-        FileType::from_raw_mode(view.stat.st_mode) == FileType::Fifo
+        // An O_PATH descriptor of a FIFO stands for its place only.
+        FileType::from_raw_mode(view.stat.st_mode) == FileType::Fifo && !view.is_path()
     }
 
     fn capture(view: &DescriptionView, context: &mut CaptureContext) -> Result<Self, CaptureError> {

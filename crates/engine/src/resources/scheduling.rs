@@ -1,10 +1,12 @@
-//! How a thread is scheduled: policy and priority (sched_setattr(2)), processors, I/O priority, timer slack.
+//! How a thread is scheduled: policy and priority (sched_setattr(2)), processors, I/O priority, timer slack;
+//! from which nodes its memory comes (set_mempolicy(2)); the nice value of its session (sched(7), "The autogroup
+//! feature").
 //!
 //! Utilization clamps are not carried. A thread that could run on every processor can so after a restore, however
 //! many there are.
 
 use limosa_kernel::task::{self, SchedulingAttributes};
-use limosa_puppet::{CallId, Outcome, Program};
+use limosa_puppet::{CallId, Data, Outcome, Program};
 use serde::{Deserialize, Serialize};
 
 use super::ThreadAttribute;
@@ -13,6 +15,10 @@ use crate::view::ThreadView;
 
 /// First published size of `struct sched_attr`: without utilization clamps.
 const ATTRIBUTES_SIZE: u64 = 48;
+/// Words of the mask of all nodes, as many as the kernel can have (1024).
+const NODE_WORDS: usize = 16;
+/// `MPOL_DEFAULT`, and the bits of a policy that are not flags; `MPOL_LOCAL` has no nodes.
+const MPOL_DEFAULT: u32 = 0;
 const IOPRIO_WHO_PROCESS: i32 = 1;
 /// Words of the mask of all processors, as many as the kernel can have (8192).
 const ALL: usize = 128;
@@ -36,16 +42,33 @@ pub struct Scheduling {
     pub io_priority: u32,
     /// Nanoseconds by which the kernel may delay a timer.
     pub timer_slack: u64,
+    /// Where new memory comes from, if it was chosen: `MPOL_*`, and nodes, 64 in each word.
+    #[serde(default)]
+    pub memory_nodes: Option<(u32, Vec<u64>)>,
+    /// The nice value of the session that the process leads.
+    #[serde(default)]
+    pub session_nice: Option<i32>,
+}
+
+/// Where the answers will be.
+pub struct Asked {
+    slack: CallId,
+    memory_policy: (CallId, Data, Data),
 }
 
 impl ThreadAttribute for Scheduling {
-    type Asked = CallId;
+    type Asked = Asked;
 
-    fn ask(_: &ThreadView, program: &mut Program) -> Result<CallId, CaptureError> {
-        Ok(program.call("ask for the timer slack", libc::SYS_prctl, [libc::PR_GET_TIMERSLACK.into()]))
+    fn ask(_: &ThreadView, program: &mut Program) -> Result<Asked, CaptureError> {
+        let slack = program.call("ask for the timer slack", libc::SYS_prctl, [libc::PR_GET_TIMERSLACK.into()]);
+        let (policy, nodes) = (program.space(8), program.space(NODE_WORDS * 8));
+        let arguments = [policy.into(), nodes.into(), (NODE_WORDS * 64).into(), 0.into(), 0.into()];
+        // Fails where the kernel has no memory policies (CONFIG_NUMA).
+        let asked = program.try_call("ask where memory comes from", libc::SYS_get_mempolicy, arguments);
+        Ok(Asked { slack, memory_policy: (asked, policy, nodes) })
     }
 
-    fn capture(thread: &ThreadView, asked: &CallId, outcome: &Outcome) -> Result<Self, CaptureError> {
+    fn capture(thread: &ThreadView, asked: &Asked, outcome: &Outcome) -> Result<Self, CaptureError> {
         let question = |source| CaptureError::Question { pid: thread.process.pid, source };
         let SchedulingAttributes { policy, flags, nice, priority, mut runtime, deadline, period, .. } =
             task::scheduling(thread.tid)?;
@@ -54,7 +77,7 @@ impl ThreadAttribute for Scheduling {
             runtime = 0;
         }
         let processors = task::affinity(thread.tid)?;
-        let all = covers(&processors, &online_processors());
+        let all = covers(&processors, &online("cpu"));
         Ok(Self {
             policy,
             flags,
@@ -63,7 +86,9 @@ impl ThreadAttribute for Scheduling {
             times: [runtime, deadline, period],
             processors: (!all).then_some(processors),
             io_priority: task::io_priority(thread.tid)?,
-            timer_slack: outcome.result(*asked).map_err(question)?,
+            timer_slack: outcome.result(asked.slack).map_err(question)?,
+            memory_nodes: memory_nodes(asked, outcome),
+            session_nice: session_nice(thread),
         })
     }
 
@@ -86,18 +111,46 @@ impl ThreadAttribute for Scheduling {
         }
         let arguments = [libc::PR_SET_TIMERSLACK.into(), self.timer_slack.into()];
         program.call("set the timer slack", libc::SYS_prctl, arguments);
+        self.choose_memory_nodes(program);
     }
 
-    fn finish(&self, _: i32) -> Result<(), RestoreError> {
+    fn finish(&self, tid: i32) -> Result<(), RestoreError> {
+        let Some(nice) = self.session_nice else { return Ok(()) };
+        let written = std::fs::write(format!("/proc/{tid}/autogroup"), nice.to_string());
+        if let Err(error) = written {
+            // Without autogroups there is nothing that the value would change.
+            tracing::warn!(tid, %error, "the nice value {nice} of a session could not be set");
+        }
         Ok(())
     }
+}
+
+/// Where the thread's new memory comes from, if that was chosen.
+fn memory_nodes(asked: &Asked, outcome: &Outcome) -> Option<(u32, Vec<u64>)> {
+    let (call, policy, nodes) = asked.memory_policy;
+    outcome.result(call).ok()?;
+    let policy = outcome.word(policy, 0) as u32;
+    let nodes: Vec<u64> = (0..NODE_WORDS).map(|index| outcome.word(nodes, index)).collect();
+    (policy != MPOL_DEFAULT).then_some((policy, nodes))
+}
+
+/// The nice value of the session that the thread's process leads; none where it is not, or 0 as everyone's.
+fn session_nice(thread: &ThreadView) -> Option<i32> {
+    let process = thread.process;
+    if thread.tid != process.pid || process.status.ns_sid.last() != Some(&process.own_pid) {
+        return None;
+    }
+    // `/autogroup-123 nice 5`
+    let content = process.proc.read("autogroup").ok()?;
+    let nice = std::str::from_utf8(&content).ok()?.split_whitespace().last()?.parse().ok()?;
+    (nice != 0).then_some(nice)
 }
 
 impl Scheduling {
     /// The processors that there are here too; the kernel leaves out those that there are not.
     fn choose_processors(&self, program: &mut Program) {
         let wanted = self.processors.clone().unwrap_or_else(|| vec![u64::MAX; ALL]);
-        let online = online_processors();
+        let online = online("cpu");
         if !online.is_empty() && wanted.iter().zip(&online).all(|(wanted, online)| wanted & online == 0) {
             tracing::warn!("none of the processors that a thread was bound to is here: it may run on all");
             return;
@@ -105,6 +158,20 @@ impl Scheduling {
         let mask = program.words(&wanted);
         let arguments = [0.into(), (wanted.len() * 8).into(), mask.into()];
         program.call("bind to processors", libc::SYS_sched_setaffinity, arguments);
+    }
+
+    /// Likewise the nodes of memory.
+    fn choose_memory_nodes(&self, program: &mut Program) {
+        let Some((policy, nodes)) = &self.memory_nodes else { return };
+        let has_nodes = nodes.iter().any(|word| *word != 0);
+        if has_nodes && !nodes.iter().zip(&online("node")).any(|(wanted, online)| wanted & online != 0) {
+            tracing::warn!("none of the memory nodes that a thread was bound to is here: it may use all");
+            return;
+        }
+        let mask = program.words(nodes);
+        let bits = if has_nodes { nodes.len() * 64 } else { 0 };
+        let arguments = [(*policy).into(), mask.into(), bits.into()];
+        program.call("choose where memory comes from", libc::SYS_set_mempolicy, arguments);
     }
 }
 
@@ -124,9 +191,10 @@ fn covers(mask: &[u64], all: &[u64]) -> bool {
         && all.iter().enumerate().all(|(index, word)| word & !mask.get(index).copied().unwrap_or(0) == 0)
 }
 
-/// The processors that are running, 64 in each word; empty if nobody tells.
-fn online_processors() -> Vec<u64> {
-    std::fs::read_to_string("/sys/devices/system/cpu/online").map_or_else(|_| Vec::new(), |text| parse_list(&text))
+/// The processors (`cpu`) or memory nodes (`node`) that are there, 64 in each word; empty if nobody tells.
+fn online(kind: &str) -> Vec<u64> {
+    std::fs::read_to_string(format!("/sys/devices/system/{kind}/online"))
+        .map_or_else(|_| Vec::new(), |text| parse_list(&text))
 }
 
 /// A list such as `0-3,8`.

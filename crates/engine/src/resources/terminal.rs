@@ -76,7 +76,7 @@ pub struct Terminals {
 /// The terminal's number, and whether the descriptor is its master.
 fn end_of(view: &DescriptionView) -> Option<Result<(u32, bool), CaptureError>> {
     // An O_PATH descriptor is no terminal.
-    if OFlags::from_bits_retain(view.info.flags).contains(OFlags::PATH) {
+    if view.is_path() {
         return None;
     }
     let device = (rustix::fs::major(view.stat.st_rdev), rustix::fs::minor(view.stat.st_rdev));

@@ -1,4 +1,5 @@
-//! What a process has one of: umask, directory, scheduling, limits, names, layout, and what the C library registered.
+//! What a process has one of: umask, directory, scheduling, limits, names, layout, switches, and what it and the C
+//! library registered.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -33,6 +34,7 @@ pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
     // SAFETY: no pointers; a flag that only matters at the next execve.
     sys::check(i64::from(unsafe { libc::personality(libc::ADDR_NO_RANDOMIZE as u64) }))?;
     set_io_priority()?;
+    set_switches()?;
     let limit = |current, maximum| Rlimit { current: Some(current), maximum: Some(maximum) };
     setrlimit(Resource::Nofile, limit(200, 300))?;
     setrlimit(Resource::Core, limit(0, 4096))?;
@@ -54,6 +56,44 @@ fn set_io_priority() -> Result<()> {
     // SAFETY: no pointers.
     sys::check(unsafe { libc::syscall(libc::SYS_ioprio_set, WHO_PROCESS, 0, (2 << 13) | 6) })
         .context("ioprio_set")?;
+    Ok(())
+}
+
+/// Barriers that this process has registered for, merged pages, notice of failed memory, memory from node 0 by turns,
+/// and the nice value of its session.
+fn set_switches() -> Result<()> {
+    let node = 1_u64;
+    // SAFETY: takes numbers, and one mask that the kernel reads.
+    unsafe {
+        sys::check(libc::syscall(libc::SYS_membarrier, 1 << 2, 0, 0)).context("membarrier")?;
+        sys::check(libc::syscall(libc::SYS_membarrier, 1 << 4, 0, 0)).context("membarrier")?;
+        sys::check(i64::from(libc::prctl(libc::PR_MCE_KILL, 1, 1, 0, 0))).context("PR_MCE_KILL")?;
+        // Not every kernel has these (CONFIG_KSM, CONFIG_NUMA, CONFIG_SCHED_AUTOGROUP).
+        libc::prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0);
+        libc::syscall(libc::SYS_set_mempolicy, 3, &raw const node, 64);
+    }
+    let _ = fs::write("/proc/self/autogroup", "4");
+    Ok(())
+}
+
+const PR_SET_MEMORY_MERGE: i32 = 67;
+
+/// What [`set_switches`] set.
+fn switches(text: &mut String) -> Result<()> {
+    let (mut policy, mut nodes) = (0_u32, [0_u64; 16]);
+    // SAFETY: the kernel writes one number and a mask of 1024 bits.
+    unsafe {
+        let barriers = libc::syscall(libc::SYS_membarrier, 1 << 9, 0, 0);
+        let errors = libc::prctl(libc::PR_MCE_KILL_GET, 0, 0, 0, 0);
+        let merge = libc::prctl(PR_SET_MEMORY_MERGE + 1, 0, 0, 0, 0);
+        libc::syscall(libc::SYS_get_mempolicy, &raw mut policy, nodes.as_mut_ptr(), 1024, 0, 0);
+        let _ = writeln!(text, "barriers {barriers:#x}\nmemory errors {errors}\nmerged pages {merge}");
+        // A private barrier on all processors fails where the process is not registered.
+        sys::check(libc::syscall(libc::SYS_membarrier, 1 << 3, 0, 0)).context("a barrier")?;
+    }
+    let _ = writeln!(text, "memory policy {policy} {:#x}", nodes[0]);
+    let session = fs::read_to_string("/proc/self/autogroup").unwrap_or_default();
+    let _ = writeln!(text, "session's nice value {:?}", session.split_whitespace().last());
     Ok(())
 }
 
@@ -88,6 +128,7 @@ fn describe() -> Result<String> {
     for link in ["exe", "root", "cwd"] {
         let _ = writeln!(text, "{link} {}", fs::read_link(format!("/proc/self/{link}"))?.display());
     }
+    switches(&mut text)?;
     layout(&mut text)?;
     Ok(text)
 }

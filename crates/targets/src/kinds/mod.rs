@@ -5,12 +5,15 @@ mod creds;
 mod events;
 mod files;
 mod heartbeat;
+mod locks;
 mod memory;
 mod memory_advice;
 mod memory_file;
 mod memory_shared;
 mod misc;
+mod odd_files;
 mod pipes;
+mod refused;
 mod registers;
 mod seccomp;
 mod signals;
@@ -48,12 +51,15 @@ const KINDS: &[(&str, SetUp)] = &[
     ("events", events::set_up),
     ("files", files::set_up),
     ("heartbeat", heartbeat::set_up),
+    ("locks", locks::set_up),
     ("memory", memory::set_up),
     ("memory-advice", memory_advice::set_up),
     ("memory-file", memory_file::set_up),
     ("memory-shared", memory_shared::set_up),
     ("misc", misc::set_up),
+    ("odd-files", odd_files::set_up),
     ("pipes", pipes::set_up),
+    ("refused", refused::set_up),
     ("registers", registers::set_up),
     ("seccomp", seccomp::set_up),
     ("signals", signals::set_up),

@@ -1,5 +1,5 @@
 //! Descriptors that refer to others in unusual ways: epoll entries under numbers that were closed or used again since,
-//! a pidfd of a child, two descriptions of one memfd, an owner of signals, absolute timers.
+//! pidfds of a child and of one that was reaped, two descriptions of one memfd, an owner of signals, absolute timers.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -22,6 +22,7 @@ struct State {
     epoll: OwnedFd,
     child: Child,
     pidfd: OwnedFd,
+    reaped: OwnedFd,
     memory: [OwnedFd; 2],
     owned: OwnedFd,
     deadline: OwnedFd,
@@ -31,6 +32,7 @@ struct State {
 pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
     let child = Child::start(&setting.protocol, "child", |_| Ok(Box::new(|| Ok(String::new()))))?;
     let pidfd = rustix::process::pidfd_open(child.pid, rustix::process::PidfdFlags::empty())?;
+    let reaped = reaped()?;
     let (epoll, kept) = watched()?;
     let memory = memfd()?;
     let (owned, _writer) = rustix::pipe::pipe()?;
@@ -45,7 +47,7 @@ pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
     let value = Timespec { tv_sec: now.tv_sec + 5000, tv_nsec: 0 };
     let times = Itimerspec { it_value: value, it_interval: Timespec { tv_sec: 0, tv_nsec: 0 } };
     rustix::time::timerfd_settime(&deadline, TimerfdTimerFlags::ABSTIME, &times)?;
-    let state = State { epoll, child, pidfd, memory, owned, deadline, _kept: kept };
+    let state = State { epoll, child, pidfd, reaped, memory, owned, deadline, _kept: kept };
     Ok(Box::new(move || {
         state.check_epoll()?;
         state.check_process()?;
@@ -67,6 +69,14 @@ pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
 fn ask(fd: &OwnedFd, command: i32) -> i32 {
     // SAFETY: commands that take no argument.
     unsafe { libc::fcntl(fd.as_raw_fd(), command) }
+}
+
+/// A pidfd of a child that has ended and been reaped.
+fn reaped() -> Result<OwnedFd> {
+    let child = sys::fork(|| 7)?;
+    let pidfd = rustix::process::pidfd_open(child, rustix::process::PidfdFlags::empty())?;
+    rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty())?;
+    Ok(pidfd)
 }
 
 /// An epoll with three eventfds: under its own number; under one closed since; under one that another file has now.
@@ -127,6 +137,16 @@ impl State {
         ensure!(
             rustix::event::poll(&mut poll, Some(&none))? == 0,
             "the pidfd says that its process has ended"
+        );
+        let mut poll = [PollFd::from_borrowed_fd(self.reaped.as_fd(), PollFlags::IN)];
+        ensure!(
+            rustix::event::poll(&mut poll, Some(&none))? == 1,
+            "a pidfd forgot that its process has ended"
+        );
+        let gone = rustix::process::pidfd_send_signal(&self.reaped, rustix::process::Signal::CONT);
+        ensure!(
+            gone == Err(rustix::io::Errno::SRCH),
+            "the pidfd of a reaped process leads to another: {gone:?}"
         );
         Ok(())
     }

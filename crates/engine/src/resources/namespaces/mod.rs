@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 
 use limosa_image::{Checkpoint, Sink};
 use limosa_kernel::namespace::{self, Kind};
-use limosa_kernel::proc::{NsKind, ProcDir};
+use limosa_kernel::proc::{FileId, NsKind, ProcDir};
 use limosa_puppet::Program;
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +28,58 @@ pub trait Namespace: Sized {
     /// Adds the calls by which the root puppet, which is in the namespace with all privileges, puts it back.
     fn rebuild(&self, root: &ProcDir, program: &mut Program) -> Result<(), RestoreError>;
 }
+
+/// The namespaces that all of a tree must be in: those of its root. A process or thread elsewhere, as browsers and
+/// services make for their sandboxes, would quietly come back without its walls.
+#[derive(Debug)]
+pub(crate) struct Home(Vec<(NsKind, Option<FileId>)>);
+
+impl Home {
+    /// Kinds that a thread can leave by itself.
+    const OF_THREADS: [NsKind; 5] = [NsKind::Cgroup, NsKind::Ipc, NsKind::Mnt, NsKind::Net, NsKind::Uts];
+
+    /// Those of the tree's root. A kind that the kernel does not have is none.
+    pub(crate) fn of(root: &ProcDir) -> Self {
+        let of = |kind| match kind {
+            // What children will be in must be what the root itself is in.
+            NsKind::PidForChildren => NsKind::Pid,
+            NsKind::TimeForChildren => NsKind::Time,
+            kind => kind,
+        };
+        Self(NsKind::ALL.into_iter().map(|kind| (kind, root.ns_id(of(kind)).ok())).collect())
+    }
+
+    /// Refuses a process of the tree that is in other namespaces than the root.
+    pub(crate) fn refuse_strays(&self, process: &ProcessView) -> Result<(), CaptureError> {
+        let away = self.0.iter().find(|(kind, home)| match process.proc.ns_id(*kind) {
+            Ok(id) => Some(id) != *home,
+            // After unshare(2) that of its children is not there before the first child is.
+            Err(error) => {
+                *kind == NsKind::PidForChildren && error.errno() == Some(libc::ENOENT) && home.is_some()
+            }
+        });
+        let Some((kind, _)) = away else { return Ok(()) };
+        let reason = format!("it has a namespace of its own within the tree ({})", kind.name());
+        Err(Refusal::process(process.pid, reason, REMEDY).into())
+    }
+
+    /// Refuses threads that have left the namespaces of the tree.
+    pub(crate) fn refuse_stray_threads(&self, process: &ProcessView) -> Result<(), CaptureError> {
+        for tid in process.proc.tasks()?.into_iter().filter(|tid| *tid != process.pid) {
+            let Ok(thread) = process.proc.task(tid) else { continue };
+            let away = self.0.iter().find(|(kind, home)| {
+                Self::OF_THREADS.contains(kind) && thread.ns_id(*kind).is_ok_and(|id| Some(id) != *home)
+            });
+            if let Some((kind, _)) = away {
+                let reason = format!("its thread {tid} has a namespace of its own ({})", kind.name());
+                return Err(Refusal::process(process.pid, reason, REMEDY).into());
+            }
+        }
+        Ok(())
+    }
+}
+
+const REMEDY: &str = "run it without a sandbox or container of its own (unshare, setns, clone)";
 
 /// The namespaces that a tree has of its own.
 #[derive(Debug, Default, Serialize, Deserialize)]
