@@ -53,7 +53,7 @@ pub fn migrate<C: Connect>(
         Ok(Outgoing::connect(transport, &limits, watch)?.negotiate(&offer)?)
     })?;
     let frozen_at = report.elapsed_us();
-    let mut captured = source.capture(registry, &mut outgoing, report)?;
+    let mut captured = source.capture(registry, &mut outgoing, report).map_err(MigrateError::BrokenOff)?;
     let ready = report.phase("destination builds", |_| outgoing.finish())?;
     let outcome = report.phase("hand over", |_| {
         ready.hand_over(store, connect, || {
@@ -140,6 +140,9 @@ pub enum MigrateError {
     /// It could not be captured.
     #[error(transparent)]
     Capture(#[from] ContainerCaptureError),
+    /// It could not be captured, or not be sent.
+    #[error("the migration was broken off; the container runs on here")]
+    BrokenOff(#[source] ContainerCaptureError),
     /// No random numbers.
     #[error("cannot choose an ID for the migration")]
     Id(#[source] std::io::Error),

@@ -6,18 +6,18 @@ use std::fs;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use limosa_kernel::net::InNetns;
-use limosa_stage::{BRIDGE, CONTAINER, Host, Limosa, PREFIX, Place, join, join_client, receive};
+use limosa_stage::{BRIDGE, CONTAINER, Host, Limosa, PREFIX, Place, Running, join, join_client, receive};
 use rustix::process::Pid;
 
 use crate::ground::{Ground, quoted};
 use crate::sandbox::Sandbox;
 use crate::{built, wait_for};
 
-const NAME: &str = "moving";
 /// Where the program's files are, in the container.
 const DIRECTORY: &str = "/srv/moving";
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -39,6 +39,9 @@ pub struct Contained<'s> {
 }
 
 impl<'s> Contained<'s> {
+    /// The container's name.
+    pub const NAME: &'static str = "moving";
+
     /// Two hosts, and on the first a container that waits for its program.
     pub fn new(sandbox: &'s Sandbox) -> Result<Self> {
         let limosa = Limosa::find(Some(built("limosa")?))?;
@@ -60,7 +63,7 @@ impl<'s> Contained<'s> {
         let wait = format!(
             "mkdir {DIRECTORY}; until [ -e {DIRECTORY}/start ]; do sleep 0.01; done; . {DIRECTORY}/start"
         );
-        contained.limosa(&["run", NAME, "--detach", "--net", &net, "--", "sh", "-c", &wait])?;
+        contained.limosa(&["run", Self::NAME, "--detach", "--net", &net, "--", "sh", "-c", &wait])?;
         contained.find_init()?;
         let directory = contained.seen(Path::new(DIRECTORY));
         wait_for("the container's directory", PATIENCE, || Ok(directory.is_dir().then_some(())))?;
@@ -89,7 +92,7 @@ impl<'s> Contained<'s> {
         self.checkpoints.set(self.checkpoints.get() + 1);
         let out = self.sandbox.path(&format!("checkpoint-{}", self.checkpoints.get()));
         let out = out.to_str().context("a path that is not UTF-8")?;
-        self.limosa(&["checkpoint", NAME, "--out", out])?;
+        self.limosa(&["checkpoint", Self::NAME, "--out", out])?;
         ensure!(self.limosa(&["ps", "--json"])?.trim() == "[]", "a container is left after its checkpoint");
         self.limosa(&["restore", out, "--detach"])?;
         self.find_init()
@@ -99,12 +102,38 @@ impl<'s> Contained<'s> {
     pub fn migrate(&self) -> Result<()> {
         let there = 1 - self.here.get();
         let (receiver, destination) = receive(&self.limosa, &self.hosts[there], || Ok(()))?;
-        let report = self.limosa(&["--json", "migrate", NAME, &destination])?;
+        let report = self.limosa(&["--json", "migrate", Self::NAME, &destination])?;
         receiver.finish()?;
+        self.moved(report)
+    }
+
+    /// Takes note that it was migrated to the other host, with this report.
+    pub fn moved(&self, report: String) -> Result<()> {
         self.report.replace(report);
         ensure!(self.limosa(&["ps", "--json"])?.trim() == "[]", "a container is left after its migration");
-        self.here.set(there);
+        self.here.set(1 - self.here.get());
         self.find_init()
+    }
+
+    /// Starts `limosa` on the host that the container is on, with `variables` in its environment.
+    pub fn start(&self, arguments: &[&str], variables: &[(&str, &OsStr)]) -> Result<Running> {
+        self.limosa.start_with(self.host(), arguments, |command| {
+            command.stdin(Stdio::null()).envs(variables.iter().copied())
+        })
+    }
+
+    /// The host that the container is not on.
+    pub fn there(&self) -> &Host {
+        &self.hosts[1 - self.here.get()]
+    }
+
+    /// Fails if there is a container on the other host, or something of one after a moment.
+    pub fn nothing_arrives(&self) -> Result<()> {
+        wait_for("the end of what was arriving on the other host", PATIENCE, || {
+            let containers = self.there().state_dir.join("containers");
+            let left = fs::read_dir(containers).into_iter().flatten().flatten();
+            Ok((left.filter(|entry| entry.file_name() != ".lock").count() == 0).then_some(()))
+        })
     }
 
     /// How long the last migration froze it, by its own report.
@@ -115,7 +144,7 @@ impl<'s> Contained<'s> {
 
     /// Removes the container.
     pub fn end(self) -> Result<()> {
-        self.limosa(&["rm", "--force", NAME]).map(drop)
+        self.limosa(&["rm", "--force", Self::NAME]).map(drop)
     }
 }
 

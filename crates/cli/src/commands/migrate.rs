@@ -24,6 +24,8 @@ use crate::trace::Trace;
 #[command(after_help = "Examples:\n  \
     limosa migrate web ssh://root@b.example\n  \
     limosa migrate web limosa://192.0.2.7:4000/TICKET\n\n\
+    The first form runs `limosa receive` on the other host: LIMOSA_REMOTE names the program there if it is not in the \
+    search path, LIMOSA_SSH the program to run instead of ssh. \
     The second form takes what `limosa receive --listen 192.0.2.7:4000` printed on the other host.")]
 pub struct Migrate {
     /// The container.
