@@ -44,6 +44,7 @@ round_trips! {
     memory: "memory";
     memory_advice: "memory-advice";
     memory_file: "memory-file";
+    memory_forked: "memory-forked";
     memory_shared: "memory-shared";
     memory_system_v: "memory-shared" "system-v";
     misc: "misc";

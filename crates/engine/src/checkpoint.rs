@@ -31,7 +31,8 @@ use crate::resources::{
     CaptureContext, DescriptorState, LateState, NamespaceState, ProcessState, ThreadState, registers,
 };
 use crate::resources::{file_locks, job_control};
-use crate::state::{Body, Description, Descriptor, Life, Process, TREE, Thread, Tree};
+use crate::sharing;
+use crate::state::{Body, Description, Descriptor, Life, Pages, Process, TREE, Thread, Tree};
 use crate::view::{DescriptionView, ProcessView, ThreadView};
 
 /// How to checkpoint.
@@ -88,10 +89,11 @@ pub fn capture(
     let (descriptions, network, terminals) = report.phase("descriptors", |_| {
         capture_descriptors(&views, &mut processes, sink, &mut spaces, &mut shared, options)
     })?;
+    let runs = report.phase("pages", |_| sharing::survey(&views, &mut processes))?;
     report.phase("memory", |report| -> Result<(), CaptureError> {
-        for (view, process) in views.iter().zip(&processes) {
+        for ((view, process), runs) in views.iter().zip(&processes).zip(&runs) {
             if let Life::Alive(body) = &process.life {
-                report.page_bytes += memory::copy_out(view, &body.mappings, body.space, sink)?;
+                report.page_bytes += memory::copy_out(view, &body.mappings, runs, body.pages.own(), sink)?;
             }
         }
         Ok(())
@@ -275,7 +277,7 @@ fn capture_body(
     let (mut state, late) = state.ok_or(CaptureError::Ended { pid: process.pid })?;
     state.address_space.capture_deleted(view, shared)?;
     Ok(Body {
-        space: spaces.next(),
+        pages: Pages::Own(spaces.next()),
         mappings: MappingState::capture_all(view, shared)?,
         descriptors: Vec::new(),
         threads,

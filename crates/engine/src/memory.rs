@@ -4,10 +4,11 @@
 
 use limosa_image::{CHUNK, Checkpoint, Extent, Sink, SpaceId};
 use limosa_kernel::memory::{self, ForeignMemory, Range};
-use limosa_kernel::pagemap::PagemapScanner;
 
 use crate::error::{CaptureError, RestoreError};
+use crate::pieces::{Piece, Pieces};
 use crate::resources::mapping::MappingState;
+use crate::sharing::OwnRuns;
 use crate::view::ProcessView;
 
 const PAGE: usize = 4096;
@@ -27,30 +28,31 @@ impl SpaceAllocator {
     }
 }
 
-/// Copies the private pages of a frozen process into `sink`. Returns bytes stored.
+/// Copies private pages of a frozen process into `sink`: those that `runs` gives for each mapping. Returns bytes stored.
 pub fn copy_out(
     process: &ProcessView,
     mappings: &[MappingState],
+    runs: &OwnRuns,
     space: SpaceId,
     sink: &mut dyn Sink,
 ) -> Result<u64, CaptureError> {
-    let mut scanner = PagemapScanner::open(process.proc)?;
     let mut foreign = None;
     let mut copier =
         Copier { pid: process.pid, space, sink, buffer: vec![0; BUFFER], ranges: Vec::new(), stored: 0 };
-    for mapping in mappings.iter().filter(|mapping| mapping.is_private()) {
+    for (mapping, runs) in mappings.iter().zip(runs) {
         let skip_zeros = mapping.starts_as_zeros();
         let readable = mapping.protection & libc::PROT_READ as u32 != 0;
-        for run in scanner.populated(mapping.start..mapping.end())? {
-            if readable {
-                copier.add(run.start, run.len(), skip_zeros)?;
+        for run in runs {
+            let length = run.end - run.start;
+            if readable && !run.shared {
+                copier.add(run.start, length, skip_zeros)?;
             } else {
-                // process_vm_readv honours the protection; /proc/PID/mem does not.
+                // process_vm_readv honours the protection, and unshares what it reads; /proc/PID/mem does neither.
                 if foreign.is_none() {
                     foreign = Some(ForeignMemory::open(process.pid)?);
                 }
                 if let Some(foreign) = &foreign {
-                    copier.copy_protected(foreign, run.start, run.len(), skip_zeros)?;
+                    copier.copy_protected(foreign, run.start, length, skip_zeros)?;
                 }
             }
         }
@@ -107,6 +109,7 @@ impl Copier<'_> {
         length: u64,
         skip_zeros: bool,
     ) -> Result<(), CaptureError> {
+        self.flush(skip_zeros)?;
         let mut done = 0;
         while done < length {
             let part = (length - done).min(self.buffer.len() as u64) as usize;
@@ -152,10 +155,12 @@ fn is_zero(page: &[u8]) -> bool {
     page.chunks(128).all(|line| line.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
-/// Whether any of `extents` lies in the mapping.
-pub fn has_pages(extents: &[Extent], mapping: &MappingState) -> bool {
+/// Whether any of `extents`, or of the pages that are `inherited`, lies in the mapping.
+pub fn has_pages(extents: &[Extent], inherited: &[Piece], mapping: &MappingState) -> bool {
     let first = extents.partition_point(|extent| extent.end() <= mapping.start);
+    let heir = inherited.partition_point(|piece| piece.end <= mapping.start);
     extents.get(first).is_some_and(|extent| extent.start < mapping.end())
+        || inherited.get(heir).is_some_and(|piece| piece.start < mapping.end())
 }
 
 /// Puts all pages of `space` into the puppet `pid`, whose mappings are writable. Returns bytes loaded.
@@ -172,6 +177,47 @@ pub fn load(pid: i32, checkpoint: &Checkpoint, space: SpaceId) -> Result<u64, Re
             done += length;
         }
         loaded += extent.length;
+    }
+    Ok(loaded)
+}
+
+/// Which pages of `pieces` are stored: the others are what their mappings make of them.
+pub fn stored(checkpoint: &Checkpoint, pieces: &Pieces) -> Pieces {
+    let of_space = |(space, pieces): (SpaceId, &[Piece])| {
+        let extents = checkpoint.extents(space).iter();
+        let ranges: Vec<_> = extents.map(|extent| (extent.start, extent.end())).collect();
+        let pieces: Pieces = pieces.iter().copied().collect();
+        pieces.inside_of(&ranges)
+    };
+    pieces.by_space().flat_map(|group| of_space(group).iter().collect::<Vec<_>>()).collect()
+}
+
+/// Puts the pages of `wanted` that are stored into the puppet `pid`, whose mappings are writable. Returns bytes loaded.
+pub fn load_pieces(pid: i32, checkpoint: &Checkpoint, wanted: &Pieces) -> Result<u64, RestoreError> {
+    let mut buffer = Vec::new();
+    let mut loaded = 0;
+    for (space, pieces) in wanted.by_space() {
+        let extents = checkpoint.extents(space);
+        let first = pieces.first().map_or(0, |piece| piece.start);
+        for extent in &extents[extents.partition_point(|extent| extent.end() <= first)..] {
+            // Checksums are of whole chunks: each is read once.
+            for chunk in (extent.start..extent.end()).step_by(CHUNK as usize) {
+                let end = (chunk + CHUNK).min(extent.end());
+                let from = pieces.partition_point(|piece| piece.end <= chunk);
+                let parts = pieces[from..].iter().map_while(|piece| piece.within(chunk, end));
+                let parts: Vec<_> = parts.collect();
+                if parts.is_empty() {
+                    continue;
+                }
+                buffer.resize((end - chunk) as usize, 0);
+                checkpoint.read_pages(extent, chunk - extent.start..end - extent.start, &mut buffer)?;
+                for part in parts {
+                    let bytes = &buffer[(part.start - chunk) as usize..(part.end - chunk) as usize];
+                    memory::write(pid, part.start, bytes)?;
+                    loaded += part.end - part.start;
+                }
+            }
+        }
     }
     Ok(loaded)
 }

@@ -11,11 +11,12 @@ mod births;
 mod build;
 mod descriptors;
 mod explain;
+mod heritage;
 mod inside;
 mod makers;
 mod start;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
@@ -34,7 +35,7 @@ use crate::report::Report;
 use crate::resources::DescriptorState;
 use crate::resources::mapping::{self, Backing};
 use crate::resources::{shared_memory, terminal};
-use crate::state::{Life, TREE, Tree};
+use crate::state::{Life, Pages, Process, TREE, Tree};
 
 pub(crate) use inside::Inside;
 pub(crate) use makers::{Goal, Makers};
@@ -111,8 +112,10 @@ impl<'a> Planned<'a> {
             });
         }
         let terminals = report.phase("terminals", |_| self.make_terminals())?;
-        let mut nursery =
-            report.phase("births", |_| births::give_birth(&self.tree, &self.plan, place, &terminals))?;
+        let mut nursery = report.phase("births", |report| {
+            let loaded = &mut report.page_bytes;
+            births::give_birth(&self.tree, &self.plan, place, &terminals, self.checkpoint, loaded)
+        })?;
         report.processes = self.tree.processes.len();
         report.descriptions = self.tree.descriptions.len();
         report.threads = self.tree.living().map(|(_, body)| body.threads.len()).sum();
@@ -202,6 +205,7 @@ fn check(tree: &Tree) -> Result<(), RestoreError> {
                 return Err(RestoreError::inconsistent(format!("there is no shared object {object}")));
             }
         }
+        check_inherited(process, &body.pages, tree)?;
         let mut last = -1;
         for descriptor in &body.descriptors {
             let number = descriptor.number;
@@ -217,6 +221,27 @@ fn check(tree: &Tree) -> Result<(), RestoreError> {
         if body.threads.first().is_none_or(|leader| leader.tid != process.pid) {
             return Err(RestoreError::inconsistent(format!("process {} has no leading thread", process.pid)));
         }
+    }
+    Ok(())
+}
+
+/// Checks that what a process inherits is whole pages, in order, of other living processes. Whether they have such pages
+/// makes no difference: what is not stored is zero.
+fn check_inherited(process: &Process, pages: &Pages, tree: &Tree) -> Result<(), RestoreError> {
+    if pages.inherited().is_empty() {
+        return Ok(());
+    }
+    let lenders: HashSet<_> = tree.living().map(|(_, body)| body.pages.own()).collect();
+    let mut free_from = 0;
+    for piece in pages.inherited() {
+        let aligned = piece.start % 4096 == 0 && piece.end % 4096 == 0 && piece.start < piece.end;
+        let known = piece.space != pages.own() && lenders.contains(&piece.space);
+        if !aligned || piece.start < free_from || !known {
+            let (start, end, space, pid) = (piece.start, piece.end, piece.space, process.pid);
+            let what = format!("process {pid} inherits {start:#x} to {end:#x} of space {space}");
+            return Err(RestoreError::inconsistent(what));
+        }
+        free_from = piece.end;
     }
     Ok(())
 }
@@ -241,6 +266,8 @@ pub(crate) struct Nursery {
     /// In the host's PID namespace, of a tree with several processes: what can end all of them.
     pub(crate) guardian: Option<guardian::Idle>,
     was_subreaper: bool,
+    /// What each is born with.
+    heritage: heritage::Heritage,
 }
 
 impl Nursery {

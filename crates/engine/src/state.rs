@@ -1,12 +1,13 @@
 //! The state of a process tree as it stands in a checkpoint.
 //!
-//! Sections: `tree` is a [`Tree`]; page data lies in spaces: one for each address space ([`Process::space`]),
+//! Sections: `tree` is a [`Tree`]; page data lies in spaces: one for each address space ([`Body::pages`]),
 //! one for each shared-memory object. What an object kind's state is, its room in `resources` says.
 //! All PIDs and TIDs are the ones the processes themselves see.
 
 use limosa_image::SpaceId;
 use serde::{Deserialize, Serialize};
 
+use crate::pieces::Piece;
 use crate::resources::file_locks::FileLock;
 use crate::resources::mapping::MappingState;
 use crate::resources::shared_memory::SharedObject;
@@ -71,8 +72,9 @@ pub enum Life {
 /// What a living process consists of.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Body {
-    /// The space of its private pages.
-    pub space: SpaceId,
+    /// Where its private pages are.
+    #[serde(rename = "space")]
+    pub pages: Pages,
     /// Its mappings by address.
     pub mappings: Vec<MappingState>,
     /// Its descriptors by number.
@@ -90,6 +92,43 @@ pub struct Body {
     pub state: ProcessState,
     /// What a process has one of and needs its threads.
     pub late: LateState,
+}
+
+/// Where the private pages of a process are. A page is what is stored for it in the process's own space; if nothing is,
+/// and it is inherited, what is stored in the other's space at the same address; else what its mapping says it is
+/// without being written: zero, or the file's content.
+///
+/// A process that inherits nothing writes only the number of its space. A reader that does not know inheritance
+/// refuses the other form, instead of restoring pages of zeros.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Pages {
+    /// All of them in a space of its own.
+    Own(SpaceId),
+    /// Some of them in other processes' spaces.
+    Partly {
+        /// Its own space.
+        own: SpaceId,
+        /// By address, not overlapping.
+        inherited: Vec<Piece>,
+    },
+}
+
+impl Pages {
+    /// The process's own space.
+    pub fn own(&self) -> SpaceId {
+        match self {
+            Self::Own(own) | Self::Partly { own, .. } => *own,
+        }
+    }
+
+    /// What lies in other processes' spaces.
+    pub fn inherited(&self) -> &[Piece] {
+        match self {
+            Self::Own(_) => &[],
+            Self::Partly { inherited, .. } => inherited,
+        }
+    }
 }
 
 /// A descriptor.

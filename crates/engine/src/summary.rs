@@ -76,6 +76,8 @@ pub struct MemorySummary {
     pub shared: u64,
     /// Pages of the process's own that the checkpoint holds.
     pub stored: u64,
+    /// Pages that it shares with processes of which they are stored.
+    pub inherited: u64,
 }
 
 impl TreeSummary {
@@ -155,8 +157,11 @@ fn memory(body: &Body, checkpoint: &Checkpoint) -> MemorySummary {
         };
         *part = part.saturating_add(mapping.length);
     }
-    let extents = checkpoint.extents(body.space);
+    let extents = checkpoint.extents(body.pages.own());
     memory.stored = extents.iter().fold(0, |sum, extent| extent.length.saturating_add(sum));
+    let inherited = body.pages.inherited().iter();
+    memory.inherited =
+        inherited.fold(0, |sum, piece| piece.end.saturating_sub(piece.start).saturating_add(sum));
     memory
 }
 

@@ -3,13 +3,16 @@
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use limosa_image::Checkpoint;
 use limosa_kernel::proc::ProcDir;
 use limosa_puppet::{Arena, Birth, CallId, Program, Resident, Running};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
+use super::heritage::Heritage;
 use super::{ARENA_SIZE, Nursery, Place};
 use crate::error::RestoreError;
 use crate::guardian;
+use crate::memory;
 use crate::plan::{NodeId, Plan, Role, Step};
 use crate::resources::signal_handlers;
 use crate::resources::terminal::Rebuilt;
@@ -52,12 +55,15 @@ pub(crate) fn add_clone(program: &mut Program, cradle: Cradle, flags: u64, exit_
 
 /// Makes all processes of the plan as puppets: seized or not, they die with their parents until they are started.
 ///
-/// Every puppet has the slaves of all terminals, so that leaders of sessions can take theirs.
+/// Every puppet has the slaves of all terminals, so that leaders of sessions can take theirs. Pages that processes share
+/// come from `checkpoint` before the births; `loaded` grows by their bytes.
 pub(crate) fn give_birth(
     tree: &Tree,
     plan: &Plan,
     place: Option<&Place>,
     terminals: &[Rebuilt],
+    checkpoint: &Checkpoint,
+    loaded: &mut u64,
 ) -> Result<Nursery, RestoreError> {
     let was_subreaper = rustix::process::child_subreaper().is_ok_and(|pid| pid.is_some());
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
@@ -68,10 +74,20 @@ pub(crate) fn give_birth(
             .map_err(RestoreError::rebuild("the tree", "socketpair"))?;
     let socket_number = socket_number(tree)?;
     let mut births: HashMap<NodeId, Birth> = HashMap::new();
-    for node in plan.makers_last() {
+    let heritage = Heritage::new(tree, plan);
+    let family = Family { tree, plan, heritage: &heritage };
+    let order = plan.makers_last();
+    // What those that wait for pages do once they have them.
+    let mut later: HashMap<NodeId, Program> = HashMap::new();
+    for node in &order {
         let cradle = |child| Cradle::from(&births[&child]);
-        let program = first_program(tree, plan, node, cradle, socket_number);
-        births.insert(node, Birth::new(&mut arena, program)?);
+        let program = family.first_program(*node, cradle, socket_number);
+        if heritage.of(*node).waits() {
+            let mut program = Program::new();
+            family.add_steps(*node, cradle, socket_number, &mut program);
+            later.insert(*node, program);
+        }
+        births.insert(*node, Birth::new(&mut arena, program)?);
     }
     let mut midwife = midwife(tree, plan, &mut arena)?;
     let bed = Bed { place, socket: &theirs, socket_number, terminals };
@@ -87,21 +103,29 @@ pub(crate) fn give_birth(
         released: false,
         was_subreaper,
         guardian: Some(midwife.into()),
+        heritage,
     };
     // The midwife has done its work, whether or not the root could be born. Of a container's tree, all ends with the
     // root; any other tree may need a guardian.
     if place.is_some() || tree.living().nth(1).is_none() {
         nursery.guardian = None;
     }
-    let running: Vec<(NodeId, Running)> = adopt(plan, births, delivered?, place.is_some(), &mut nursery);
-    for (node, running) in running {
-        let outcome = nursery.puppets[node].finish(&nursery.arena, running);
-        if let Err(error) = outcome {
-            return Err(explain(error, plan));
+    let mut running = adopt(plan, births, delivered?, place.is_some(), &mut nursery);
+    for node in order.iter().rev() {
+        let Some(first) = running.remove(node) else { continue };
+        nursery.puppets[*node].finish(&nursery.arena, first).map_err(|error| explain(error, plan))?;
+        if let Some(program) = later.remove(node) {
+            if place.is_some() {
+                identify(&mut nursery, &[*node])?;
+            }
+            let pid = nursery.puppets[*node].pid();
+            *loaded += memory::load_pieces(pid, checkpoint, &nursery.heritage.of(*node).loads)?;
+            let (puppet, arena) = nursery.puppet(*node);
+            puppet.run(arena, program).map_err(|error| explain(error, plan))?;
         }
     }
     if place.is_some() {
-        identify(&mut nursery)?;
+        identify(&mut nursery, &order)?;
     }
     Ok(nursery)
 }
@@ -121,8 +145,8 @@ fn midwife(tree: &Tree, plan: &Plan, arena: &mut Arena) -> Result<Resident, Rest
     }
 }
 
-/// Finds out which PID each puppet has here, by its PID in the tree's own namespace.
-fn identify(nursery: &mut Nursery) -> Result<(), RestoreError> {
+/// Finds out which PIDs the puppets of `nodes` have here, by their PIDs in the tree's own namespace.
+fn identify(nursery: &mut Nursery, nodes: &[NodeId]) -> Result<(), RestoreError> {
     let mut found = HashMap::new();
     let mut unvisited = vec![nursery.puppets[0].pid()];
     while let Some(pid) = unvisited.pop() {
@@ -132,11 +156,12 @@ fn identify(nursery: &mut Nursery) -> Result<(), RestoreError> {
         }
         unvisited.extend(proc.children()?);
     }
-    for (puppet, own) in nursery.puppets.iter_mut().zip(&nursery.own_pids) {
-        let pid = found.get(own).ok_or_else(|| {
+    for node in nodes {
+        let own = nursery.own_pids[*node];
+        let pid = found.get(&own).ok_or_else(|| {
             RestoreError::inconsistent(format!("process {own} was not born below the root"))
         })?;
-        puppet.identify(*pid);
+        nursery.puppets[*node].identify(*pid);
     }
     Ok(())
 }
@@ -149,13 +174,13 @@ fn adopt(
     root: i32,
     nested: bool,
     nursery: &mut Nursery,
-) -> Vec<(NodeId, Running)> {
-    let mut running = Vec::with_capacity(plan.nodes.len());
+) -> HashMap<NodeId, Running> {
+    let mut running = HashMap::with_capacity(plan.nodes.len());
     for (node, planned) in plan.nodes.iter().enumerate() {
         if let Some(birth) = births.remove(&node) {
             let (resident, program) = birth.born(if node == 0 || nested { root } else { planned.pid });
             nursery.puppets.push(resident);
-            running.push((node, program));
+            running.insert(node, program);
         }
     }
     running
@@ -240,50 +265,80 @@ pub(super) fn end_with_the_parent(program: &mut Program, socket_number: i32) {
     program.try_call("end if it does not", libc::SYS_seccomp, [seen.into(), 0.into(), 0.into()]);
 }
 
-/// The program a node runs first.
-pub(crate) fn first_program(
-    tree: &Tree,
-    plan: &Plan,
-    node: NodeId,
-    cradle: impl Fn(NodeId) -> Cradle,
-    socket_number: i32,
-) -> Program {
-    let mut program = Program::new();
-    end_with_the_parent(&mut program, socket_number);
-    for step in &plan.nodes[node].steps {
-        match step {
-            Step::OwnSession => {
-                program.call("lead a session", libc::SYS_setsid, []);
-                let session = Some(plan.nodes[node].pid);
-                // Before any child is made, which inherits it.
-                if let Some(at) = tree.terminals.iter().position(|terminal| terminal.session == session) {
-                    let slave = slave_number(socket_number, at);
-                    let arguments = [slave.into(), libc::TIOCSCTTY.into(), 0.into()];
-                    program.call("take the controlling terminal", libc::SYS_ioctl, arguments);
+/// Who is born, how, and with what.
+#[derive(Clone, Copy)]
+pub(crate) struct Family<'a> {
+    pub(crate) tree: &'a Tree,
+    pub(crate) plan: &'a Plan,
+    pub(crate) heritage: &'a Heritage,
+}
+
+impl Family<'_> {
+    /// The program a node runs first. One that has to wait for pages maps what they lie in, and does the rest later.
+    pub(crate) fn first_program(
+        &self,
+        node: NodeId,
+        cradle: impl Fn(NodeId) -> Cradle,
+        socket_number: i32,
+    ) -> Program {
+        let mut program = Program::new();
+        end_with_the_parent(&mut program, socket_number);
+        let trust = self.heritage.of(node);
+        if trust.waits() {
+            trust.map_new(&mut program);
+        } else {
+            self.add_steps(node, cradle, socket_number, &mut program);
+        }
+        if let Role::Process(index) = self.plan.nodes[node].role
+            && let Life::Zombie { name, .. } = &self.tree.processes[index].life
+        {
+            crate::resources::name::set(name, &mut program);
+        }
+        program
+    }
+
+    /// Adds what the plan has a node do.
+    pub(crate) fn add_steps(
+        &self,
+        node: NodeId,
+        cradle: impl Fn(NodeId) -> Cradle,
+        socket_number: i32,
+        program: &mut Program,
+    ) {
+        let (tree, plan) = (self.tree, self.plan);
+        let trust = self.heritage.of(node);
+        let mut passed_on = Vec::new();
+        for step in &plan.nodes[node].steps {
+            match step {
+                Step::OwnSession => {
+                    program.call("lead a session", libc::SYS_setsid, []);
+                    let session = Some(plan.nodes[node].pid);
+                    // Before any child is made, which inherits it.
+                    if let Some(at) = tree.terminals.iter().position(|terminal| terminal.session == session) {
+                        let slave = slave_number(socket_number, at);
+                        let arguments = [slave.into(), libc::TIOCSCTTY.into(), 0.into()];
+                        program.call("take the controlling terminal", libc::SYS_ioctl, arguments);
+                    }
                 }
-            }
-            Step::OwnGroup => {
-                program.call("lead a process group", libc::SYS_setpgid, [0.into(), 0.into()]);
-            }
-            Step::Child(child) => {
-                let exit_signal = match plan.nodes[*child].role {
-                    Role::Process(index) => tree.processes[index].exit_signal,
-                    Role::Ghost => libc::SIGCHLD,
-                };
-                add_clone(&mut program, cradle(*child), 0, exit_signal, plan.nodes[*child].pid);
-            }
-            Step::Sibling(sibling) => {
-                // The kernel takes a sibling's exit signal from its maker.
-                add_clone(&mut program, cradle(*sibling), CLONE_PARENT, 0, plan.nodes[*sibling].pid);
+                Step::OwnGroup => {
+                    program.call("lead a process group", libc::SYS_setpgid, [0.into(), 0.into()]);
+                }
+                Step::Child(child) => {
+                    let exit_signal = match plan.nodes[*child].role {
+                        Role::Process(index) => tree.processes[index].exit_signal,
+                        Role::Ghost => libc::SIGCHLD,
+                    };
+                    trust.pass_on(self.heritage.of(*child), &mut passed_on, program);
+                    add_clone(program, cradle(*child), 0, exit_signal, plan.nodes[*child].pid);
+                }
+                Step::Sibling(sibling) => {
+                    trust.pass_on(self.heritage.of(*sibling), &mut passed_on, program);
+                    // The kernel takes a sibling's exit signal from its maker.
+                    add_clone(program, cradle(*sibling), CLONE_PARENT, 0, plan.nodes[*sibling].pid);
+                }
             }
         }
     }
-    if let Role::Process(index) = plan.nodes[node].role
-        && let Life::Zombie { name, .. } = &tree.processes[index].life
-    {
-        crate::resources::name::set(name, &mut program);
-    }
-    program
 }
 
 /// Where and with what the root is born.

@@ -12,6 +12,7 @@ use limosa_puppet::{Birth, Program, Running};
 
 use super::births::{Cradle, add_clone, slave_number};
 use super::descriptors::{self, Objects};
+use super::heritage::{Settlement, Trust};
 use super::{Nursery, is_alive};
 use crate::error::RestoreError;
 use crate::memory;
@@ -50,7 +51,10 @@ pub(crate) fn build_all(
         for (index, process) in tree.processes.iter().enumerate() {
             if let Life::Alive(body) = &process.life {
                 let pid = nursery.puppets[index].pid();
-                report.page_bytes += memory::load(pid, checkpoint, body.space)?;
+                report.page_bytes += match settlement(nursery.heritage.of(index), body, checkpoint) {
+                    None => memory::load(pid, checkpoint, body.pages.own())?,
+                    Some(settlement) => memory::load_pieces(pid, checkpoint, &settlement.missing)?,
+                };
             }
         }
         Ok(())
@@ -64,6 +68,12 @@ pub(crate) fn build_all(
         }
         Ok(())
     })
+}
+
+/// What a process that shares pages with others keeps of what it is born with, and gets.
+pub(super) fn settlement(trust: &Trust, body: &Body, checkpoint: &Checkpoint) -> Option<Settlement> {
+    let alone = trust.is_empty() && body.pages.inherited().is_empty();
+    (!alone).then(|| trust.settle(body, checkpoint))
 }
 
 fn set_group(program: &mut Program, process: &Process) {
@@ -118,6 +128,7 @@ pub(super) fn mapping_program(
     body: &Body,
     checkpoint: &Checkpoint,
     socket_number: i32,
+    trust: &Trust,
 ) -> (Program, usize) {
     let mapped = Mapped::of(body);
     let executable = body.state.address_space.deleted_executable;
@@ -125,9 +136,14 @@ pub(super) fn mapping_program(
     let mut program = Program::new();
     set_group(&mut program, process);
     descriptors::receive(&mut program, socket_number, received);
-    let extents = checkpoint.extents(body.space);
-    for (mapping, number) in body.mappings.iter().zip(mapped.numbers) {
-        let writable = mapping.is_private() && memory::has_pages(extents, mapping);
+    let settlement = settlement(trust, body, checkpoint).unwrap_or_default();
+    trust.apply(&settlement, body, &mut program);
+    let extents = checkpoint.extents(body.pages.own());
+    for (index, (mapping, number)) in body.mappings.iter().zip(mapped.numbers).enumerate() {
+        if settlement.kept.get(index) == Some(&true) {
+            continue;
+        }
+        let writable = mapping.is_private() && memory::has_pages(extents, body.pages.inherited(), mapping);
         mapping.map(&mut program, number, writable);
     }
     if executable.is_some() {
@@ -148,7 +164,8 @@ fn make_mappings(
     nursery: &mut Nursery,
     objects: &mut Objects,
 ) -> Result<(), RestoreError> {
-    let (program, received) = mapping_program(process, body, checkpoint, nursery.socket_number);
+    let trust = nursery.heritage.of(index);
+    let (program, received) = mapping_program(process, body, checkpoint, nursery.socket_number, trust);
     let duplicate = |descriptor: BorrowedFd, what: &str| {
         descriptor.try_clone_to_owned().map_err(|source| RestoreError::Rebuild {
             object: format!("{what} of process {}", process.pid),
@@ -283,6 +300,8 @@ fn wait_for_end(pid: i32) -> Result<(), RestoreError> {
 pub(super) struct Finishing<'a> {
     /// What holders of descriptions do, by description; what is done is taken out.
     pub(super) completions: &'a mut HashMap<usize, Vec<Completion>>,
+    /// For each mapping, whether the process was born with it.
+    pub(super) kept: Vec<bool>,
     /// Descriptions whose owner has been set.
     pub(super) owned: &'a mut HashSet<usize>,
     /// The number of the socket that descriptors come over.
@@ -298,9 +317,13 @@ pub(super) fn final_program(
     mut deliver: impl FnMut(i32, Program) -> Result<Cradle, RestoreError>,
 ) -> Result<Program, RestoreError> {
     let mut program = Program::new();
-    let extents = checkpoint.extents(body.space);
-    for mapping in &body.mappings {
-        mapping.finish(&mut program, mapping.is_private() && memory::has_pages(extents, mapping));
+    let extents = checkpoint.extents(body.pages.own());
+    for (at, mapping) in body.mappings.iter().enumerate() {
+        let was_writable = memory::has_pages(extents, body.pages.inherited(), mapping);
+        mapping.finish(
+            &mut program,
+            finishing.kept.get(at) == Some(&true) || mapping.is_private() && was_writable,
+        );
     }
     descriptors::place(&mut program, finishing.socket_number, &body.descriptors);
     for descriptor in &body.descriptors {
@@ -351,7 +374,9 @@ fn complete(
     objects: &mut Objects,
 ) -> Result<(), RestoreError> {
     let mut threads: Vec<Birth> = Vec::with_capacity(body.threads.len() - 1);
+    let kept = settlement(nursery.heritage.of(index), body, checkpoint).unwrap_or_default().kept;
     let mut finishing = Finishing {
+        kept,
         completions: &mut objects.completions,
         owned: &mut objects.owned,
         socket_number: nursery.socket_number,

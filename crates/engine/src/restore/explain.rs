@@ -6,7 +6,10 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 
-use super::build::{Finishing, final_program, mapping_program};
+use limosa_puppet::Program;
+
+use super::build::{Finishing, final_program, mapping_program, settlement};
+use super::heritage::Heritage;
 use super::{Planned, births};
 use crate::error::RestoreError;
 use crate::plan::{Role, Step};
@@ -21,23 +24,28 @@ impl Planned<'_> {
         explain_objects(&self.tree, &mut text);
         let socket_number = births::planned_socket_number(&self.tree);
         let mut owned = HashSet::new();
+        let heritage = Heritage::new(&self.tree, &self.plan);
         for (node, planned) in self.plan.nodes.iter().enumerate() {
-            let first = births::first_program(
-                &self.tree,
-                &self.plan,
-                node,
-                |_| births::Cradle::default(),
-                socket_number,
-            );
+            let family = births::Family { tree: &self.tree, plan: &self.plan, heritage: &heritage };
+            let cradle = |_| births::Cradle::default();
+            let first = family.first_program(node, cradle, socket_number);
             section(&mut text, planned.pid, "is born", &first.to_string());
+            if heritage.of(node).waits() {
+                let mut program = Program::new();
+                family.add_steps(node, cradle, socket_number, &mut program);
+                section(&mut text, planned.pid, "has what it shares, and makes others", &program.to_string());
+            }
             let Role::Process(index) = planned.role else { continue };
             let process = &self.tree.processes[index];
             let Life::Alive(body) = &process.life else { continue };
-            let (mappings, _) = mapping_program(process, body, self.checkpoint, socket_number);
+            let trust = heritage.of(node);
+            let (mappings, _) = mapping_program(process, body, self.checkpoint, socket_number, trust);
             section(&mut text, planned.pid, "makes its mappings", &mappings.to_string());
             let mut threads = Vec::new();
             let mut completions = HashMap::new();
-            let mut finishing = Finishing { completions: &mut completions, owned: &mut owned, socket_number };
+            let kept = settlement(trust, body, self.checkpoint).unwrap_or_default().kept;
+            let mut finishing =
+                Finishing { kept, completions: &mut completions, owned: &mut owned, socket_number };
             let last =
                 final_program(&self.tree, (process, body), self.checkpoint, &mut finishing, |tid, own| {
                     threads.push((tid, own.to_string()));

@@ -19,6 +19,7 @@ const SWAPPED: u64 = 1 << 62;
 const FILE: u64 = 1 << 61;
 const GUARD: u64 = 1 << 58;
 const PROTECTED: u64 = 1 << 57;
+const EXCLUSIVE: u64 = 1 << 56;
 const SOFT_DIRTY: u64 = 1 << 55;
 const FRAME: u64 = (1 << 55) - 1;
 /// The last swap type: not a swap device but a marker in an entry without a page (include/linux/swap.h).
@@ -28,6 +29,21 @@ const MARKER: u64 = 31;
 /// to be one.
 fn is_swapped(word: u64) -> bool {
     word & (PRESENT | SWAPPED) == SWAPPED && word & GUARD == 0 && word & MARKER != MARKER
+}
+
+/// A huge page mapped as a whole, on machines whose pages have 4 KiB.
+const HUGE_PAGE: u64 = 2 << 20;
+
+/// How often the kernel has moved pages to other frames, as `/proc/vmstat` counts: by migration (compaction, NUMA
+/// balancing) and by making small pages huge. While the number stays the same, frames can be compared.
+pub fn pages_moved() -> Result<u64> {
+    const COUNTERS: [&str; 2] = ["pgmigrate_success", "thp_collapse_alloc"];
+    fault::point();
+    let text = std::fs::read_to_string("/proc/vmstat")
+        .map_err(|source| Error::new("read", "/proc/vmstat", source))?;
+    let counters = text.lines().filter_map(|line| line.split_once(' '));
+    let moved = counters.filter(|(name, _)| COUNTERS.contains(name));
+    Ok(moved.filter_map(|(_, count)| count.parse::<u64>().ok()).fold(0, u64::wrapping_add))
 }
 
 /// How many words are read at once: 64 KiB, those of 32 MiB of memory.
@@ -69,6 +85,46 @@ impl PagemapScanner {
         Ok(frames)
     }
 
+    /// Calls `visit` with the address and the place of each page of `run` that another process may have, too: of all that
+    /// are not known to be mapped here alone. Equal places of two processes mean one page, as long as no page is moved
+    /// ([`pages_moved`]). The place is none if page frames are hidden from us (that takes `CAP_SYS_ADMIN` in the initial
+    /// user namespace).
+    pub fn maybe_shared(&self, run: &PageRun, mut visit: impl FnMut(u64, Option<u64>)) -> Result<()> {
+        let visit_word = |address: u64, word: u64| {
+            let place = word & FRAME;
+            if word & PRESENT == 0 {
+                if is_swapped(word) {
+                    visit(address, (place != 0).then_some(place | SWAPPED));
+                }
+            } else if word & EXCLUSIVE == 0 {
+                visit(address, (place != 0).then_some(place));
+            }
+        };
+        if run.categories.contains(Categories::HUGE) {
+            self.each_huge_page(run, visit_word)
+        } else {
+            self.each_word(run.start..run.end, visit_word)
+        }
+    }
+
+    /// [`Self::each_word`] of a run of huge pages, whose frames follow each other: one word is read of each.
+    fn each_huge_page(&self, run: &PageRun, mut visit: impl FnMut(u64, u64)) -> Result<()> {
+        let page = page_size();
+        let mut start = run.start;
+        while start < run.end {
+            let end = (start / HUGE_PAGE + 1).saturating_mul(HUGE_PAGE).min(run.end);
+            let mut first = None;
+            self.each_word(start..start.saturating_add(page), |_, word| first = Some(word))?;
+            for (at, address) in (start..end).step_by(page as usize).enumerate() {
+                let word = first.unwrap_or_default();
+                let hidden = word & FRAME == 0 || word & PRESENT == 0;
+                visit(address, if hidden { word } else { word.saturating_add(at as u64) });
+            }
+            start = end;
+        }
+        Ok(())
+    }
+
     /// [`PagemapScanner::scan`] on a kernel without `PAGEMAP_SCAN`. Huge pages and `WP_ALLOWED` are not told;
     /// the zero page only to those who may see frames.
     pub(super) fn scan_words(
@@ -95,7 +151,8 @@ impl PagemapScanner {
     /// Calls `visit` with the address and the word of each page.
     fn each_word(&self, range: Range<u64>, mut visit: impl FnMut(u64, u64)) -> Result<()> {
         let page = page_size();
-        let mut buffer = vec![0u8; WORDS * 8];
+        let pages = range.end.saturating_sub(range.start).div_ceil(page);
+        let mut buffer = vec![0u8; pages.min(WORDS as u64) as usize * 8];
         let mut address = range.start;
         while address < range.end {
             let words = ((range.end - address).div_ceil(page)).min(WORDS as u64) as usize;

@@ -46,6 +46,8 @@ pub struct Mapping {
     pub protection_key: Option<u32>,
     /// Page size in bytes (larger than the base page for hugetlbfs); only `smaps` has it.
     pub page_size: Option<u64>,
+    /// Bytes of pages that others may have as well: `Shared_Clean`, `Shared_Dirty` and `Swap`; only `smaps` has it.
+    pub maybe_shared: Option<u64>,
 }
 
 impl Mapping {
@@ -178,7 +180,7 @@ pub(super) fn add_smaps_line(mappings: &mut Vec<Mapping>, line: &[u8]) -> Parsed
     }
     let mapping = mappings.last_mut().ok_or_else(|| ParseError::new("mapping", line))?;
     // There are some 25 lines for each mapping: look no closer at those that are of no use.
-    if !matches!(line.first(), Some(b'K' | b'P' | b'V')) {
+    if !matches!(line.first(), Some(b'K' | b'P' | b'S' | b'V')) {
         return Ok(());
     }
     let (key, value) =
@@ -186,14 +188,20 @@ pub(super) fn add_smaps_line(mappings: &mut Vec<Mapping>, line: &[u8]) -> Parsed
     match key {
         b"VmFlags" => mapping.vm_flags = Some(VmFlags::parse(value)),
         b"ProtectionKey" => mapping.protection_key = Some(text::decimal(value, "ProtectionKey")?),
-        b"KernelPageSize" => {
-            let kib = value.strip_suffix(b" kB").and_then(|number| text::unsigned(number, 10));
-            let bytes = kib.and_then(|kib| kib.checked_mul(1024));
-            mapping.page_size = Some(bytes.ok_or_else(|| ParseError::new("KernelPageSize", value))?);
+        b"KernelPageSize" => mapping.page_size = Some(bytes(value, "KernelPageSize")?),
+        b"Shared_Clean" | b"Shared_Dirty" | b"Swap" => {
+            let more = bytes(value, "shared or swapped pages")?;
+            mapping.maybe_shared = Some(mapping.maybe_shared.unwrap_or(0).saturating_add(more));
         }
         _ => {}
     }
     Ok(())
+}
+
+/// `12 kB` in bytes.
+fn bytes(value: &[u8], what: &'static str) -> Parsed<u64> {
+    let kib = value.strip_suffix(b" kB").and_then(|number| text::unsigned(number, 10));
+    kib.and_then(|kib| kib.checked_mul(1024)).ok_or_else(|| ParseError::new(what, value))
 }
 
 /// One line of `maps`.
@@ -228,6 +236,7 @@ pub(super) fn parse_mapping(line: &[u8]) -> Parsed<Mapping> {
         vm_flags: None,
         protection_key: None,
         page_size: None,
+        maybe_shared: None,
     })
 }
 

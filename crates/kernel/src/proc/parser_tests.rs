@@ -257,7 +257,7 @@ prop_compose! {
     ) -> Mapping {
         let prot = Prot::from_bits_truncate(prot);
         let end = start.saturating_add(length);
-        Mapping { start, end, prot, shared, offset, dev, inode, name, vm_flags: None, protection_key: None, page_size: None }
+        Mapping { start, end, prot, shared, offset, dev, inode, name, vm_flags: None, protection_key: None, page_size: None, maybe_shared: None }
     }
 }
 

@@ -9,6 +9,7 @@ mod locks;
 mod memory;
 mod memory_advice;
 mod memory_file;
+mod memory_forked;
 mod memory_shared;
 mod misc;
 mod odd_files;
@@ -55,6 +56,7 @@ const KINDS: &[(&str, SetUp)] = &[
     ("memory", memory::set_up),
     ("memory-advice", memory_advice::set_up),
     ("memory-file", memory_file::set_up),
+    ("memory-forked", memory_forked::set_up),
     ("memory-shared", memory_shared::set_up),
     ("misc", misc::set_up),
     ("odd-files", odd_files::set_up),
