@@ -10,7 +10,7 @@ use anyhow::ensure;
 use limosa_e2e::limosa::{self, Source};
 use limosa_e2e::programs::Python;
 use limosa_e2e::round_trip::{refused, round_trip, round_trip_of};
-use limosa_e2e::sandbox::sandboxed;
+use limosa_e2e::sandbox::{sandboxed, wait_until_alone};
 use limosa_e2e::target::Target;
 use limosa_e2e::wait_for;
 use rustix::process::Pid;
@@ -124,6 +124,33 @@ fn a_terminal_shown_by_others_is_refused() {
         script.wait()?;
         sandbox.end_all()?;
         ensure!(said.status == Some(1) && said.err.contains("whoever shows this terminal"), "{said:?}");
+        Ok(())
+    });
+}
+
+/// A restore that failed because another process had the PID of one of the tree's children used to end that process, as
+/// if it were the child.
+#[test]
+fn a_process_that_has_a_childs_pid_is_left_alone() {
+    sandboxed(|sandbox| {
+        let target = Target::start(sandbox, "memory-forked", &["1"])?;
+        let root = target.root().as_raw_pid();
+        let children = std::fs::read_to_string(format!("/proc/{root}/task/{root}/children"))?;
+        let child: i32 = children.split_whitespace().last().unwrap_or_default().parse()?;
+        let out = sandbox.path("out");
+        limosa::checkpoint(sandbox, target.root(), &out, Source::Ends, &[])?.success("checkpoint")?;
+        wait_until_alone()?;
+        std::fs::write("/proc/sys/kernel/ns_last_pid", (child - 1).to_string())?;
+        let mut other = Command::new("sleep").arg("1000").spawn()?;
+        ensure!(other.id() == child as u32, "process {} has not the PID {child}", other.id());
+        let error = limosa::restore(sandbox, &out, &[]).err().map(|error| format!("{error:#}"));
+        ensure!(other.try_wait()?.is_none(), "the other process was ended");
+        other.kill()?;
+        other.wait()?;
+        let error = error.unwrap_or_default();
+        ensure!(error.contains(&child.to_string()), "{child} is not named: {error}");
+        limosa::restore(sandbox, &out, &[])?;
+        target.quit()?;
         Ok(())
     });
 }

@@ -28,6 +28,7 @@ targets! {
     memory: "memory";
     memory_advice: "memory-advice";
     memory_file: "memory-file";
+    memory_forked: "memory-forked";
     memory_shared: "memory-shared";
     misc: "misc";
     odd_files: "odd-files";

@@ -259,6 +259,8 @@ pub(crate) struct Nursery {
     pub(crate) roles: Vec<(Role, Option<NodeId>)>,
     /// The ID each node has in the tree's own PID namespace.
     pub(crate) own_pids: Vec<i32>,
+    /// Nodes that are known to exist, in the order in which they were born.
+    pub(crate) born: Vec<NodeId>,
     /// Nodes that have ended as planned.
     pub(crate) ended: Vec<NodeId>,
     /// Whether the tree is on its own now.
@@ -281,14 +283,19 @@ impl Drop for Nursery {
     fn drop(&mut self) {
         if !self.released {
             // Orphans come to us (we are a subreaper), so each can be reaped.
-            for puppet in self.puppets.iter().rev().filter(|puppet| puppet.pid() > 0) {
-                let _ = limosa_kernel::task::signal_process(puppet.pid(), libc::SIGKILL);
+            for node in self.born.iter().rev() {
+                let _ = limosa_kernel::task::signal_process(self.puppets[*node].pid(), libc::SIGKILL);
             }
-            for puppet in self.puppets.iter().filter(|puppet| puppet.pid() > 0) {
-                while let Ok(ptrace::WaitStatus::Stopped { .. }) = ptrace::wait(puppet.pid()) {}
+            for node in &self.born {
+                while let Ok(ptrace::WaitStatus::Stopped { .. }) = ptrace::wait(self.puppets[*node].pid()) {}
             }
+            // Of the others, each whose parent had made it already is our child now. A PID that is not our child's is
+            // that of somebody else, who may be why this restore failed.
             for puppet in self.puppets.iter().filter(|puppet| puppet.pid() > 0) {
-                let _ = ptrace::wait(puppet.pid());
+                if ptrace::try_wait(puppet.pid()).is_ok() {
+                    let _ = limosa_kernel::task::signal_process(puppet.pid(), libc::SIGKILL);
+                    let _ = ptrace::wait(puppet.pid());
+                }
             }
         }
         if !self.was_subreaper {

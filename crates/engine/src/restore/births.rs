@@ -99,6 +99,7 @@ pub(crate) fn give_birth(
         socket_number,
         roles: plan.nodes.iter().map(|node| (node.role, node.parent)).collect(),
         own_pids: plan.nodes.iter().map(|node| node.pid).collect(),
+        born: Vec::new(),
         ended: Vec::new(),
         released: false,
         was_subreaper,
@@ -113,7 +114,12 @@ pub(crate) fn give_birth(
     let mut running = adopt(plan, births, delivered?, place.is_some(), &mut nursery);
     for node in order.iter().rev() {
         let Some(first) = running.remove(node) else { continue };
-        nursery.puppets[*node].finish(&nursery.arena, first).map_err(|error| explain(error, plan))?;
+        let outcome = nursery.puppets[*node].finish(&nursery.arena, first);
+        let failed_in_a_call = matches!(outcome, Err(limosa_puppet::ResidentError::Program { .. }));
+        if outcome.is_ok() || failed_in_a_call {
+            nursery.born.push(*node);
+        }
+        outcome.map_err(|error| explain(error, plan))?;
         if let Some(program) = later.remove(node) {
             if place.is_some() {
                 identify(&mut nursery, &[*node])?;
@@ -192,13 +198,19 @@ fn explain(error: limosa_puppet::ResidentError, plan: &Plan) -> RestoreError {
     if let ResidentError::Program { pid, source: ProgramError::Call { source, .. } } = &error
         && source.raw_os_error() == Some(libc::EEXIST)
     {
-        let maker = plan.nodes.iter().position(|node| node.pid == *pid);
-        let made = plan.nodes.iter().find(|node| {
-            node.parent == maker
-                && rustix::process::Pid::from_raw(node.pid)
-                    .is_some_and(|pid| rustix::process::test_kill_process(pid).is_ok())
+        let maker = plan.nodes.iter().find(|node| node.pid == *pid);
+        let made = maker.map(|maker| maker.steps.as_slice()).unwrap_or_default().iter();
+        let made = made.filter_map(|step| match step {
+            Step::Child(made) | Step::Sibling(made) => Some(plan.nodes[*made].pid),
+            Step::OwnSession | Step::OwnGroup => None,
         });
-        return RestoreError::PidTaken { pid: made.map_or(0, |node| node.pid) };
+        // Those before it have been born; those behind it are most likely nobody's.
+        let exists = |pid: &i32| {
+            let pid = rustix::process::Pid::from_raw(*pid);
+            pid.is_some_and(|pid| rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH))
+        };
+        let taken = made.rev().find(exists);
+        return RestoreError::PidTaken { pid: taken.unwrap_or(0) };
     }
     error.into()
 }
