@@ -271,3 +271,63 @@ fn a_posix_message_queue_is_refused() {
     assert!(String::from_utf8_lossy(&refused.stderr).contains("message queue /jobs"), "{refused:?}");
     assert_eq!(host.list()[0]["state"].as_str(), Some("running"));
 }
+
+/// What a container has set up in its network namespace, as it sees it.
+const DESCRIBE_NETWORK: &str = "ip -o addr | sed 's/ valid_lft.*//; s/ nodad//'; ip -o link | sed 's/ link-netnsid.*//'; \
+    ip route show table all proto static; ip route show proto boot; ip neigh show nud permanent; \
+    cd /proc/sys/net; cat core/somaxconn ipv4/ip_forward ipv4/conf/all/rp_filter ipv4/conf/lo/forwarding \
+    ipv4/ip_unprivileged_port_start ipv4/ping_group_range ipv6/conf/lo/hop_limit";
+
+#[test]
+fn what_a_container_set_up_in_its_network_comes_back() {
+    let Some(host) = Host::new() else { return };
+    host.says(&["run", "net", "--detach", "--", "sleep", "1000"]);
+    let set_up = "set -e; ip link set lo mtu 9000; ip addr add 10.9.9.1/24 brd + label lo:1 dev lo; ip addr add 10.4.4.1 peer 10.4.4.2/32 dev lo; ip addr add fd00:9::1/64 dev lo; \
+        ip route add 10.8.0.0/16 dev lo metric 7; ip route add 10.6.0.0/16 dev lo src 10.9.9.1; \
+        ip route add blackhole 10.7.0.0/16 table 1000 proto static; ip -6 route add fd00:8::/64 dev lo proto static; \
+        ip neigh add 10.9.9.9 lladdr 02:00:00:00:00:09 dev lo nud permanent; cd /proc/sys/net; \
+        echo 77 > core/somaxconn; echo 1 > ipv4/ip_forward; echo 0 > ipv4/conf/lo/forwarding; \
+        echo 2 > ipv4/conf/all/rp_filter; echo 80 > ipv4/ip_unprivileged_port_start; \
+        echo 0 1000 > ipv4/ping_group_range; echo 33 > ipv6/conf/lo/hop_limit";
+    host.says(&["exec", "net", "--", "sh", "-c", set_up]);
+    let describe = || host.says(&["exec", "net", "--", "sh", "-c", DESCRIBE_NETWORK]);
+    let before = describe();
+    for known in
+        ["10.9.9.1/24", "10.8.0.0/16", "blackhole", "fd00:8::/64", "02:00:00:00:00:09", "\n77\n1\n2\n0\n80\n"]
+    {
+        assert!(before.contains(known), "no {known} in {before}");
+    }
+    let out = host.state.path().join("checkpoint").to_string_lossy().into_owned();
+    host.says(&["checkpoint", "net", "--out", &out]);
+    for _ in 0..2 {
+        host.says(&["restore", &out, "--detach"]);
+        assert_eq!(describe(), before);
+        host.says(&["stop", "--timeout", "0", "net"]);
+        host.says(&["rm", "net"]);
+    }
+}
+
+#[test]
+fn interfaces_rules_and_packet_filters_of_a_container_are_refused() {
+    let Some(host) = Host::new() else { return };
+    host.says(&["run", "net", "--detach", "--", "sleep", "1000"]);
+    let out = host.state.path().join("checkpoint").to_string_lossy().into_owned();
+    for (make, unmake, word) in [
+        ("ip link add own0 type veth peer own1", "ip link del own0", "which it made itself"),
+        ("ip rule add to 10.1.0.0/16 table 7", "ip rule del to 10.1.0.0/16 table 7", "a routing rule"),
+        (
+            "ip route add 10.2.0.0/16 dev lo mtu 1400",
+            "ip route del 10.2.0.0/16",
+            "a route that is not carried",
+        ),
+        ("nft add table ip mine", "nft delete table ip mine", "nftables table mine"),
+    ] {
+        host.says(&["exec", "net", "--", "sh", "-c", make]);
+        let refused = host.limosa(&["checkpoint", "net", "--out", &out]);
+        assert_eq!(refused.status.code(), Some(1), "{make}: {refused:?}");
+        let said = String::from_utf8_lossy(&refused.stderr);
+        assert!(said.contains(word), "no {word} in {said}");
+        host.says(&["exec", "net", "--", "sh", "-c", unmake]);
+    }
+    host.says(&["checkpoint", "net", "--out", &out, "--leave-running"]);
+}

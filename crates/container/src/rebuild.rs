@@ -119,7 +119,8 @@ pub(crate) fn prepare_on(
     let clocks = planned.tree().namespaces.clocks;
     let options = ShellOptions {
         time_offsets: clocks.map_or_else(TimeOffsets::default, |clocks| clocks.offsets()),
-        configure_network: true,
+        // Checkpoints that are older say nothing of it.
+        configure_network: planned.tree().namespaces.interfaces.is_none(),
         connect: false,
         new_layer: false,
         mac: state.mac,

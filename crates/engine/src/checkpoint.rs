@@ -24,7 +24,7 @@ use crate::network::{self, Network};
 use crate::peers;
 use crate::report::Report;
 use crate::resources::mapping::MappingState;
-use crate::resources::namespaces::Home;
+use crate::resources::namespaces::{Home, settings};
 use crate::resources::shared_memory::SharedObjects;
 use crate::resources::terminal::Terminals;
 use crate::resources::{
@@ -74,6 +74,8 @@ pub fn capture(
     options: &Options,
     report: &mut Report,
 ) -> Result<Captured, CaptureError> {
+    // There are hundreds of files with settings, and hardly ever does one change: that is not worth a longer freeze.
+    let settings = if options.container { settings::of_process(root)? } else { Vec::new() };
     let frozen = report.phase("freeze", |_| Frozen::stop(root))?;
     let views = report.phase("look", |_| views(&frozen))?;
     report.phase("sharing", |_| -> Result<(), CaptureError> {
@@ -84,7 +86,9 @@ pub fn capture(
     })?;
     let mut spaces = SpaceAllocator::default();
     let mut shared = SharedObjects::default();
-    let namespaces = NamespaceState::capture(&views[0], options.container, Some(&mut *sink))?;
+    let namespaces = report.phase("namespaces", |_| {
+        NamespaceState::capture(&views[0], options.container, Some((&mut *sink, settings)))
+    })?;
     let mut processes = report.phase("ask", |_| ask_all(&frozen, &views, &mut spaces, &mut shared))?;
     let (descriptions, network, terminals) = report.phase("descriptors", |_| {
         capture_descriptors(&views, &mut processes, sink, &mut spaces, &mut shared, options)

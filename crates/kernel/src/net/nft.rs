@@ -35,6 +35,7 @@ use crate::{Error, Result};
 const NETLINK_NETFILTER: i32 = 12;
 const SUBSYSTEM: u16 = 0xA00;
 const NEWTABLE: u16 = SUBSYSTEM;
+const GETTABLE: u16 = SUBSYSTEM + 1;
 const DELTABLE: u16 = SUBSYSTEM + 2;
 const NEWCHAIN: u16 = SUBSYSTEM + 3;
 const NEWRULE: u16 = SUBSYSTEM + 6;
@@ -43,6 +44,8 @@ const NEWSETELEM: u16 = SUBSYSTEM + 12;
 const BATCH_BEGIN: u16 = 16;
 const BATCH_END: u16 = 17;
 
+/// What the names of all of Limosa's tables begin with.
+const OURS: &str = "limosa-";
 const INET: u8 = 1;
 /// First of the 4-byte registers.
 const REGISTER: u32 = 8;
@@ -120,7 +123,35 @@ pub fn remove(name: &str) -> Result<bool> {
 }
 
 fn table(name: &str) -> String {
-    format!("limosa-{name}")
+    format!("{OURS}{name}")
+}
+
+/// Names of the tables in the calling thread's namespace that are not Limosa's. None where the kernel lacks `nf_tables`.
+pub fn others_tables() -> Result<Vec<String>> {
+    const NAME: u16 = 1;
+    /// Length of `struct nfgenmsg`.
+    const HEADER: usize = 4;
+    crate::fault::point();
+    let mut netlink = Netlink::open(NETLINK_NETFILTER, "nf_tables")?;
+    let sequence = netlink.next();
+    let mut request = Builder::default();
+    request
+        .message(GETTABLE, netlink::REQUEST | netlink::DUMP, sequence, |message| message.raw(&[0; HEADER]));
+    netlink.send(&request.finish())?;
+    let mut names = Vec::new();
+    let listed = netlink.dump(|_, payload| {
+        let attributes = netlink::attributes(payload.get(HEADER..).unwrap_or_default());
+        let found = attributes
+            .filter(|(kind, _)| *kind == NAME)
+            .map(|(_, name)| String::from_utf8_lossy(name.strip_suffix(&[0]).unwrap_or(name)).into_owned());
+        names.extend(found.filter(|name| !name.starts_with(OURS)));
+        Ok(())
+    });
+    match listed {
+        // Neither the subsystem nor a module with it is there.
+        Err(error) if error.errno() == Some(libc::EINVAL) => Ok(Vec::new()),
+        listed => listed.map(|()| names),
+    }
 }
 
 #[derive(Clone, Copy)]

@@ -21,6 +21,7 @@ use netlink_packet_route::neighbour::NeighbourMessage;
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
+use netlink_packet_route::rule::RuleMessage;
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
@@ -116,6 +117,17 @@ impl Rtnetlink {
             .into_iter()
             .filter_map(
                 |message| if let RouteNetlinkMessage::NewRoute(route) = message { Some(route) } else { None },
+            )
+            .collect())
+    }
+
+    /// All rules that choose a routing table.
+    pub fn rules(&mut self) -> Result<Vec<RuleMessage>> {
+        let messages = self.dump(RouteNetlinkMessage::GetRule(RuleMessage::default()), "rules")?;
+        Ok(messages
+            .into_iter()
+            .filter_map(
+                |message| if let RouteNetlinkMessage::NewRule(rule) = message { Some(rule) } else { None },
             )
             .collect())
     }
@@ -352,6 +364,7 @@ fn operation(message: &RouteNetlinkMessage) -> &'static str {
         RouteNetlinkMessage::GetAddress(_) => "RTM_GETADDR",
         RouteNetlinkMessage::NewRoute(_) => "RTM_NEWROUTE",
         RouteNetlinkMessage::GetRoute(_) => "RTM_GETROUTE",
+        RouteNetlinkMessage::GetRule(_) => "RTM_GETRULE",
         RouteNetlinkMessage::NewNeighbour(_) => "RTM_NEWNEIGH",
         RouteNetlinkMessage::GetNeighbour(_) => "RTM_GETNEIGH",
         _ => "rtnetlink",

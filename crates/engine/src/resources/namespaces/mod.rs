@@ -5,13 +5,16 @@
 
 pub mod clocks;
 pub mod host_name;
+pub mod interfaces;
 pub mod ipc;
 pub mod mounts;
+pub mod settings;
 
 use std::os::fd::AsFd;
 
 use limosa_image::{Checkpoint, Sink};
 use limosa_kernel::namespace::{self, Kind};
+use limosa_kernel::net::InNetns;
 use limosa_kernel::proc::{FileId, NsKind, ProcDir};
 use limosa_puppet::Program;
 use serde::{Deserialize, Serialize};
@@ -95,16 +98,21 @@ pub struct NamespaceState {
     /// System V semaphores and message queues.
     #[serde(default)]
     pub ipc: Option<ipc::Ipc>,
+    /// What is set up in the network namespace.
+    #[serde(default)]
+    pub interfaces: Option<interfaces::Interfaces>,
 }
 
 impl NamespaceState {
     /// What namespaces the tree with this root has of its own. `supported` says that they can be prepared again. The
-    /// content of memory filesystems goes into `sink`; without one only the rest is looked at, to see what is refused.
+    /// content of memory filesystems goes into the sink, and settings of the network have been read already; without
+    /// them only the rest is looked at, to see what is refused.
     pub fn capture(
         root: &ProcessView,
         supported: bool,
-        sink: Option<&mut dyn Sink>,
+        whole: Option<(&mut dyn Sink, Vec<settings::Setting>)>,
     ) -> Result<Self, CaptureError> {
+        let (sink, settings) = whole.map_or((None, Vec::new()), |(sink, settings)| (Some(sink), settings));
         let host = ProcDir::open(std::process::id() as i32)?;
         let mut own = Vec::new();
         for kind in NsKind::ALL {
@@ -123,8 +131,12 @@ impl NamespaceState {
         }
         let ipc =
             if own.iter().any(|kind| kind == "ipc") { Some(ipc::Ipc::capture(root.pid)?) } else { None };
+        let has_network = own.iter().any(|kind| kind == "net");
+        let interfaces =
+            if has_network { Some(interfaces::Interfaces::capture(root, settings)?) } else { None };
         Ok(Self {
             own,
+            interfaces,
             host_name: Some(Namespace::capture(root)?),
             clocks: Some(Namespace::capture(root)?),
             mounts: Some(mounts::Mounts::capture(root, sink)?),
@@ -150,6 +162,10 @@ impl NamespaceState {
         if let Some(ipc) = &self.ipc {
             let namespace = namespace::of_process(nursery.puppets[0].pid(), Kind::Ipc)?;
             ipc.rebuild(namespace.as_fd())?;
+        }
+        if let Some(interfaces) = &self.interfaces {
+            let _inside = InNetns::enter(namespace::of_process(nursery.puppets[0].pid(), Kind::Network)?)?;
+            interfaces.rebuild()?;
         }
         Ok(())
     }
