@@ -39,8 +39,9 @@ struct Cli {
 const EXAMPLES: &str = "\
 Examples:
   limosa run web --detach -- python3 -m http.server
-  limosa ps
   limosa exec web -- ps ax
+  limosa checkpoint web --out /var/tmp/web && limosa restore /var/tmp/web --detach
+  limosa migrate web ssh://root@b.example
   limosa stop web && limosa rm web";
 
 fn main() -> ExitCode {

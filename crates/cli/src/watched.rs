@@ -1,15 +1,17 @@
-//! A checkpoint while it is written: its progress on a terminal, and Ctrl-C.
+//! A checkpoint while it is written or read: its progress on a terminal, and Ctrl-C.
 //!
 //! SIGINT and SIGTERM are held back and looked at between writes. The write that follows one fails, and so everything
 //! is undone in good order: the unfinished directory is removed, the source runs on. Once the checkpoint is being
 //! committed it is too late; SIGQUIT and SIGKILL always work, and what they leave the next checkpoint of the same
-//! name removes.
+//! name removes. A restore looks for them likewise between reads, and ends what it had built.
 
 use std::io::{self, IsTerminal, Read};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use limosa_image::{Sink, SpaceId, WriteError};
+use limosa_image::{Checkpoint, Sink, SpaceId, WriteError};
 use limosa_kernel::signals::Signals;
 
 use crate::context::Failure;
@@ -66,7 +68,7 @@ impl<'a> Watched<'a> {
     fn add(&mut self, bytes: u64) {
         self.bytes += bytes;
         if self.bar.is_none() && self.begun.elapsed() > PATIENCE && io::stderr().is_terminal() {
-            self.bar = Some(bar());
+            self.bar = Some(bar(None));
         }
         if let Some(bar) = &self.bar {
             bar.set_position(self.bytes);
@@ -74,13 +76,75 @@ impl<'a> Watched<'a> {
     }
 }
 
-fn bar() -> ProgressBar {
-    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    if let Ok(style) = ProgressStyle::with_template("{spinner} {bytes} written, {bytes_per_sec} ({elapsed})")
-    {
+/// A live line: of so many bytes, or of who knows how many.
+fn bar(total: Option<u64>) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr());
+    let template = match total {
+        Some(_) => "{spinner} {bytes} of {total_bytes} read, {bytes_per_sec} ({elapsed})",
+        None => "{spinner} {bytes} written, {bytes_per_sec} ({elapsed})",
+    };
+    if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);
     }
     bar
+}
+
+/// A checkpoint while it is read.
+pub struct Reading {
+    signals: Option<&'static Signals>,
+    /// The signal that has come; 0 before.
+    interrupted: AtomicI32,
+    bytes: AtomicU64,
+    total: u64,
+    begun: Instant,
+    bar: OnceLock<ProgressBar>,
+}
+
+impl Reading {
+    /// Watches the reading of `checkpoint` until one of `signals` comes.
+    pub fn watch(checkpoint: Checkpoint, signals: Option<&'static Signals>) -> (Checkpoint, Arc<Self>) {
+        let reading = Arc::new(Self {
+            signals,
+            interrupted: AtomicI32::new(0),
+            bytes: AtomicU64::new(0),
+            total: checkpoint.content_bytes(),
+            begun: Instant::now(),
+            bar: OnceLock::new(),
+        });
+        let told = Arc::clone(&reading);
+        (checkpoint.watched(Arc::new(move |bytes| told.add(bytes))), reading)
+    }
+
+    fn add(&self, bytes: u64) -> Option<i32> {
+        let bytes = bytes + self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        if self.begun.elapsed() > PATIENCE && io::stderr().is_terminal() {
+            self.bar.get_or_init(|| bar(Some(self.total))).set_position(bytes);
+        }
+        self.interrupted()
+    }
+
+    /// The signal that has come, if one has.
+    fn interrupted(&self) -> Option<i32> {
+        if let Some(signal) = self.signals.and_then(Signals::next) {
+            self.interrupted.store(signal, Ordering::Relaxed);
+        }
+        Some(self.interrupted.load(Ordering::Relaxed)).filter(|signal| *signal != 0)
+    }
+
+    /// What came of the restore, which does not run yet, unless a signal has come: then all of it ends.
+    pub fn conclude<T, E: Into<anyhow::Error>>(&self, outcome: Result<T, E>) -> Result<T, Failure> {
+        if let Some(bar) = self.bar.get() {
+            bar.finish_and_clear();
+        }
+        match self.interrupted() {
+            Some(signal) => {
+                drop(outcome);
+                let error = anyhow::anyhow!("interrupted: nothing was restored");
+                Err(Failure::with_code(128 + signal as u8, error))
+            }
+            None => Ok(outcome.map_err(Into::into)?),
+        }
+    }
 }
 
 impl Drop for Watched<'_> {

@@ -37,8 +37,10 @@ impl Scene {
         }
         let directory = tempfile::tempdir().expect("a directory");
         let output = fs::File::create(directory.path().join("out")).expect("a file");
-        let mut command = Command::new("setsid");
-        command.args(["sleep", "1000"]).stdin(Stdio::piped()).stdout(output).stderr(Stdio::null());
+        // Descriptors that this process inherited belong to others, and perhaps locks with them.
+        let script = r#"for fd in /proc/self/fd/*; do fd=${fd##*/}; ((fd > 2)) && eval "exec $fd>&-"; done; exec setsid sleep 1000"#;
+        let mut command = Command::new("bash");
+        command.args(["-c", script]).stdin(Stdio::piped()).stdout(output).stderr(Stdio::null());
         let sleeper = command.spawn().expect("a process");
         let scene = Self { directory, sleeper };
         while scene.comm() != "sleep" {

@@ -41,6 +41,7 @@ pub struct Source {
     state: ContainerState,
     pid: i32,
     tcp: TcpConnections,
+    externals: HashMap<(u64, u64), String>,
 }
 
 /// A container that is captured, and still frozen.
@@ -62,13 +63,25 @@ impl Source {
             Some(_) => Some(link::hardware_address(pid)?),
             None => None,
         };
-        Ok(Self { record, state: ContainerState { config, mac }, pid, tcp: TcpConnections::default() })
+        Ok(Self {
+            record,
+            state: ContainerState { config, mac },
+            pid,
+            tcp: TcpConnections::default(),
+            externals: HashMap::new(),
+        })
     }
 
     /// Says what is to become of its TCP connections; by default they are carried.
     #[must_use]
     pub fn with_tcp(self, tcp: TcpConnections) -> Self {
         Self { tcp, ..self }
+    }
+
+    /// Says which files that are not its own it may have open: keys by device and inode.
+    #[must_use]
+    pub fn with_externals(self, externals: HashMap<(u64, u64), String>) -> Self {
+        Self { externals, ..self }
     }
 
     /// What the checkpoint will say of it.
@@ -97,7 +110,8 @@ impl Source {
             Ok(log) => log,
             Err(source) => return Err(ContainerCaptureError::Log { path, source }),
         };
-        let externals = HashMap::from([((log.dev(), log.ino()), LOG_KEY.to_owned())]);
+        let mut externals = self.externals.clone();
+        externals.insert((log.dev(), log.ino()), LOG_KEY.to_owned());
         Ok(checkpoint::Options { container: true, externals, tcp: self.tcp })
     }
 

@@ -30,7 +30,9 @@ pub use foreground::{run_in_foreground, run_on_terminal};
 pub use limosa_archive as layer;
 pub use link::{INTERFACE, LinkError};
 pub use logs::{LogsError, copy_log};
-pub use rebuild::{Prepared, RebuildError, Restored, check_root, container_state, holds_container, prepare};
+pub use rebuild::{
+    Changes, Prepared, RebuildError, Restored, check_root, container_state, holds_container, prepare,
+};
 pub use registry::{DEFAULT_STATE_DIR, Init, Listed, Paths, Record, Registry, RegistryError, Reservation};
 pub use root::RootError;
 pub use run::{LOG_KEY, RunError, Started, Streams, run, start};

@@ -12,7 +12,7 @@ use limosa_migrate::{
 
 use crate::capture::{ContainerCaptureError, ContainerState, Source};
 use crate::config::Name;
-use crate::rebuild::{self, CheckedRoot, Prepared, RebuildError, Restored};
+use crate::rebuild::{self, Changes, CheckedRoot, Prepared, RebuildError, Restored};
 use crate::registry::Registry;
 use crate::stop;
 
@@ -248,7 +248,7 @@ impl Destination for Arrivals<'_> {
         let prepared = rebuild::prepare_on(
             self.registry,
             &checkpoint,
-            None,
+            Changes::default(),
             self.checked_root.as_ref(),
             &mut self.report,
         )?;

@@ -79,27 +79,41 @@ impl CheckedRoot {
     }
 }
 
-/// Builds the container in `checkpoint`, under another name if one is given.
+/// What is to be different here.
+#[derive(Clone, Debug, Default)]
+pub struct Changes {
+    /// Another name.
+    pub name: Option<Name>,
+    /// Where its read-only layer is.
+    pub rootfs: Option<PathBuf>,
+    /// Where the files are that are not the container's own, by the keys that the checkpoint has for them.
+    pub externals: HashMap<String, PathBuf>,
+}
+
+/// Builds the container in `checkpoint`, with some changes.
 pub fn prepare(
     registry: &Registry,
     checkpoint: &Checkpoint,
-    name: Option<Name>,
+    changes: Changes,
     report: &mut Report,
 ) -> Result<Prepared, RebuildError> {
-    prepare_on(registry, checkpoint, name, None, report)
+    prepare_on(registry, checkpoint, changes, None, report)
 }
 
 /// Likewise, on a read-only layer that has been `checked` already, if it is the right one.
 pub(crate) fn prepare_on(
     registry: &Registry,
     checkpoint: &Checkpoint,
-    name: Option<Name>,
+    changes: Changes,
     checked: Option<&CheckedRoot>,
     report: &mut Report,
 ) -> Result<Prepared, RebuildError> {
     let mut state: ContainerState = checkpoint.state(SECTION)?;
-    if let Some(name) = name {
+    if let Some(name) = changes.name {
         state.config.name = name;
+    }
+    if let Some(rootfs) = changes.rootfs {
+        state.config.rootfs = rootfs;
     }
     let config = state.config.clone();
     if !checked.is_some_and(|checked| checked.is_of(&state)) {
@@ -114,7 +128,8 @@ pub(crate) fn prepare_on(
             .map_err(|source| RebuildError::Log { path: paths.log(), source })?;
         Ok(())
     })?;
-    let externals = HashMap::from([(LOG_KEY.to_owned(), paths.log())]);
+    let mut externals = changes.externals;
+    externals.insert(LOG_KEY.to_owned(), paths.log());
     let planned = Planned::new(checkpoint, Options::default())?;
     let clocks = planned.tree().namespaces.clocks;
     let options = ShellOptions {
@@ -146,6 +161,11 @@ impl Prepared {
     /// Its name here.
     pub fn name(&self) -> &Name {
         &self.record.config.name
+    }
+
+    /// Its first process.
+    pub fn pid(&self) -> i32 {
+        self.loaded.root()
     }
 
     /// Lets it run, reachable, and tells its neighbours where it is now.

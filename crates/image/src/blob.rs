@@ -5,8 +5,9 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use crate::checkpoint::Watch;
 use crate::error::{ReadError, WriteError};
-use crate::manifest::Digest;
+use crate::manifest::{Digest, FileEntry};
 use crate::pages::write_at;
 
 /// How much of a blob is read and written at a time.
@@ -63,12 +64,14 @@ pub struct BlobReader {
     length: u64,
     digest: Option<Digest>,
     hasher: blake3::Hasher,
+    watch: Watch,
 }
 
 impl BlobReader {
-    /// A reader of the `length` bytes of `file` from `position` on. A missing digest matches nothing.
-    pub(crate) fn new(file: File, path: PathBuf, position: u64, length: u64, digest: Option<Digest>) -> Self {
-        Self { file, path, position, left: length, length, digest, hasher: blake3::Hasher::new() }
+    /// A reader of what `entry` says of the bytes of `file` from `position` on. A missing digest matches nothing.
+    pub(crate) fn new(file: File, path: PathBuf, position: u64, entry: &FileEntry, watch: Watch) -> Self {
+        let (length, digest) = (entry.length, entry.digest);
+        Self { file, path, position, left: length, length, digest, hasher: blake3::Hasher::new(), watch }
     }
 
     /// The length of the whole blob in bytes.
@@ -91,6 +94,7 @@ impl Read for BlobReader {
             let damage = ReadError::Digest { file: self.path.clone(), length: self.length };
             return Err(io::Error::new(io::ErrorKind::InvalidData, damage));
         }
+        self.watch.tell(count as u64).map_err(io::Error::other)?;
         self.hasher.update(&buffer[..count]);
         self.position += count as u64;
         self.left -= count as u64;

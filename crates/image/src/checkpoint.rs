@@ -1,12 +1,14 @@
 //! A checkpoint that is read: opened and checked, its pages and blobs checked as they are read.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use serde::Deserialize;
@@ -27,6 +29,29 @@ pub struct Checkpoint {
     index: Index,
     pages: File,
     blobs: Blobs,
+    watch: Watch,
+}
+
+/// Is told how many bytes of pages or blobs are read next; gives the signal that is to end the reading, if one has come.
+pub type ReadWatch = Arc<dyn Fn(u64) -> Option<i32> + Send + Sync>;
+
+/// Who watches the reading.
+#[derive(Clone, Default)]
+pub(crate) struct Watch(Option<ReadWatch>);
+
+impl Watch {
+    pub(crate) fn tell(&self, bytes: u64) -> Result<(), ReadError> {
+        match self.0.as_ref().and_then(|watch| watch(bytes)) {
+            Some(signal) => Err(ReadError::Interrupted { signal }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(if self.0.is_some() { "watched" } else { "unwatched" })
+    }
 }
 
 /// Where the blobs are.
@@ -42,12 +67,14 @@ impl Checkpoint {
     /// Opens the checkpoint in the directory `path` and checks manifest, state and index.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| OpenError::Io {
-            operation: "open",
-            file: path.into(),
-            source: error.into(),
+        let directory = rustix::fs::open(path, flags, Mode::empty())
+            .map_err(|error| OpenError::Missing { path: path.into(), source: error.into() })?;
+        let (file, length) = open_file(&directory, MANIFEST).map_err(|error| match error {
+            OpenError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                OpenError::NoManifest { path: path.into() }
+            }
+            error => error,
         })?;
-        let (file, length) = open_file(&directory, MANIFEST)?;
         let bytes = read_whole(&file, MANIFEST, length, MAX_MANIFEST)?;
         let manifest = Manifest::from_bytes(&bytes)?;
         let state = read_listed(&directory, &manifest, STATE, MAX_STATE)?;
@@ -70,7 +97,19 @@ impl Checkpoint {
             sections.insert(section.name.clone(), begin..end);
             begin = end;
         }
-        Self { manifest, state, sections, index, pages, blobs }
+        Self { manifest, state, sections, index, pages, blobs, watch: Watch::default() }
+    }
+
+    /// Has `watch` told of everything that is read from now on.
+    #[must_use]
+    pub fn watched(self, watch: ReadWatch) -> Self {
+        Self { watch: Watch(Some(watch)), ..self }
+    }
+
+    /// Bytes of all pages and blobs.
+    pub fn content_bytes(&self) -> u64 {
+        let blobs = self.manifest.blobs().map(|(_, entry)| entry.length);
+        self.manifest.file(PAGES).map_or(0, |entry| entry.length) + blobs.sum::<u64>()
     }
 
     /// What it is, what it needs, and what files it has.
@@ -148,6 +187,7 @@ impl Checkpoint {
 
     /// Reads the whole chunk number `chunk` of `extent` and checks it.
     fn read_chunk(&self, extent: &Extent, chunk: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
+        self.watch.tell(buffer.len() as u64)?;
         let at = chunk * CHUNK;
         // Checked for the extents of this index; an extent of another checkpoint may point anywhere.
         let offset = extent.offset.saturating_add(at);
@@ -213,7 +253,7 @@ impl Checkpoint {
                 (file, 0)
             }
         };
-        Ok(BlobReader::new(file, path, position, entry.length, entry.digest))
+        Ok(BlobReader::new(file, path, position, entry, self.watch.clone()))
     }
 
     /// Puts all of this checkpoint into `sink`, checked on the way.

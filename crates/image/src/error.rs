@@ -130,6 +130,21 @@ impl WriteError {
 /// A directory that is not a checkpoint this program can use.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
+    /// There is nothing at the path, or no directory.
+    #[error("there is no checkpoint {}: {source}", path.display())]
+    Missing {
+        /// The path.
+        path: PathBuf,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The directory is no checkpoint, or one that was never finished.
+    #[error("{} is not a checkpoint: it has no manifest, which is written last", path.display())]
+    NoManifest {
+        /// The directory.
+        path: PathBuf,
+    },
     /// A file that cannot be opened or read.
     #[error("{operation} on {} failed: {source}", file.display())]
     Io {
@@ -187,6 +202,12 @@ pub enum OpenError {
 /// A part of an opened checkpoint that could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
+    /// Whoever reads was told to stop.
+    #[error("interrupted by signal {signal}")]
+    Interrupted {
+        /// Its number.
+        signal: i32,
+    },
     /// There is no such section.
     #[error("the checkpoint has no section {0}")]
     NoSection(String),

@@ -35,7 +35,7 @@ mod verify;
 mod writer;
 
 pub use blob::BlobReader;
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, ReadWatch};
 pub use describe::{BlobSize, Description, SectionSize, SpaceSize};
 pub use error::{OpenError, ReadError, VerifyError, WriteError};
 pub use index::{CHUNK, Extent, PAGE, SpaceId};

@@ -1,7 +1,8 @@
 //! `limosa checkpoint`.
 
+use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 
@@ -63,8 +64,8 @@ pub struct Checkpoint {
     #[arg(long, value_enum, value_name = "HOW", default_value = "established")]
     tcp: Tcp,
 
-    /// A file outside the mounts of a process tree that it may have open; restore needs the same KEY. May be given
-    /// several times.
+    /// A file outside the mounts of the process tree or container that it may have open; restore needs the same KEY. May
+    /// be given several times.
     #[arg(long, value_name = "KEY=PATH", value_parser = super::key_and_path)]
     external: Vec<(String, PathBuf)>,
 
@@ -105,6 +106,7 @@ struct Done {
 impl Checkpoint {
     /// Makes the checkpoint.
     pub fn execute(self, context: &Context) -> Outcome {
+        super::require_root("checkpoint", 1)?;
         self.trace.prepare()?;
         let mut report = Report::default();
         let (committed, ran_on_us) = match &self.target {
@@ -139,16 +141,29 @@ impl Checkpoint {
         Ok(ExitCode::SUCCESS)
     }
 
-    fn process_tree(&self, root: i32, report: &mut Report) -> Result<(Committed, u64), Failure> {
-        let externals = self.external.iter().map(|(key, path)| {
+    /// The files of `--external` by device and inode.
+    fn externals(&self) -> anyhow::Result<HashMap<(u64, u64), String>> {
+        let look = |(key, path): &(String, PathBuf)| {
             let file = std::fs::metadata(path).with_context(|| path.display().to_string())?;
             Ok(((file.dev(), file.ino()), key.clone()))
-        });
-        let externals = externals.collect::<anyhow::Result<_>>()?;
+        };
+        self.external.iter().map(look).collect()
+    }
+
+    fn writer(&self) -> anyhow::Result<CheckpointWriter> {
+        CheckpointWriter::create(&self.out)
+            .with_context(|| format!("cannot make the checkpoint {}", self.out.display()))
+    }
+
+    fn process_tree(&self, root: i32, report: &mut Report) -> Result<(Committed, u64), Failure> {
+        if !Path::new(&format!("/proc/{root}")).exists() {
+            return Err(anyhow::anyhow!("there is no process {root}").into());
+        }
+        let externals = self.externals()?;
         let options = checkpoint::Options { container: false, externals, tcp: self.tcp.into() };
         Refusals::check(report.phase("pre-flight", |_| preflight::look(root, &options))?)?;
         let signals = watched::hold_back();
-        let mut writer = CheckpointWriter::create(&self.out)?;
+        let mut writer = self.writer()?;
         let mut watched = Watched::new(&mut writer, signals);
         let captured = checkpoint::capture(root, &mut watched, &options, report);
         let captured = watched.conclude(captured)?;
@@ -162,13 +177,11 @@ impl Checkpoint {
         report: &mut Report,
     ) -> Result<(Committed, u64), Failure> {
         let registry = context.registry();
-        if !self.external.is_empty() {
-            return Err(anyhow::anyhow!("a container has no external files; --external is for pid:N").into());
-        }
-        let source = Source::find(&registry, name)?.with_tcp(self.tcp.into());
+        let source = Source::find(&registry, name)?;
+        let source = source.with_tcp(self.tcp.into()).with_externals(self.externals()?);
         report.phase("pre-flight", |_| source.refuse_early(&registry))?;
         let signals = watched::hold_back();
-        let mut writer = CheckpointWriter::create(&self.out)?;
+        let mut writer = self.writer()?;
         let mut watched = Watched::new(&mut writer, signals);
         let captured = source.capture(&registry, &mut watched, report);
         let captured = watched.conclude(captured)?;

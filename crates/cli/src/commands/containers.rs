@@ -96,6 +96,7 @@ pub struct Stop {
 impl Stop {
     /// Stops the containers.
     pub fn execute(self, context: &Context) -> Outcome {
+        super::require_root("stop", 1)?;
         for name in &self.names {
             limosa_container::stop(&context.registry(), name, Duration::from_secs(self.timeout))?;
         }
@@ -119,6 +120,7 @@ pub struct Rm {
 impl Rm {
     /// Removes the containers.
     pub fn execute(self, context: &Context) -> Outcome {
+        super::require_root("rm", 1)?;
         for name in &self.names {
             limosa_container::remove(&context.registry(), name, self.force)?;
         }

@@ -27,6 +27,7 @@ pub struct Exec {
 impl Exec {
     /// Runs the command.
     pub fn execute(self, context: &Context) -> Outcome {
+        super::require_root("exec", super::run::FAILED)?;
         let exit = limosa_container::exec(&context.registry(), &self.name, &self.command, self.tty);
         Ok(ExitCode::from(exit.map_err(failure)?.code()))
     }

@@ -63,6 +63,7 @@ fn store(context: &Context) -> anyhow::Result<Store> {
 impl Migrate {
     /// Migrates.
     pub fn execute(self, context: &Context) -> Outcome {
+        super::require_root("migrate", 1)?;
         let mut address: Address = self.destination.parse()?;
         self.trace.prepare()?;
         let registry = context.registry();
@@ -132,6 +133,7 @@ struct Settled {
 impl Settle {
     /// Settles all of them.
     pub fn execute(self, context: &Context) -> Outcome {
+        super::require_root("settle", 1)?;
         let (registry, store) = (context.registry(), store(context)?);
         let mut settled = Vec::new();
         for record in store.unsettled()? {
@@ -180,6 +182,7 @@ struct Arrived {
 impl Receive {
     /// Receives one container.
     pub fn execute(self, context: &Context) -> Outcome {
+        super::require_root("receive", 1)?;
         let registry = context.registry();
         registry.sweep()?;
         let store = store(context)?;

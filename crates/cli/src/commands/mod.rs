@@ -13,7 +13,7 @@ mod shells;
 
 use clap::Subcommand;
 
-use crate::context::{Context, Outcome};
+use crate::context::{Context, Failure, Outcome};
 
 /// What to do.
 #[derive(Debug, Subcommand)]
@@ -58,6 +58,18 @@ impl Command {
             Self::Man(command) => command.execute(context),
         }
     }
+}
+
+/// Fails where the caller is not root, with `code` as the exit status: most of what Limosa does is root's to do, and the
+/// kernel's own answer would come late and say little.
+fn require_root(command: &str, code: u8) -> Result<(), Failure> {
+    if rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    Err(Failure::with_code(
+        code,
+        anyhow::anyhow!("not root: `limosa {command}` needs root's privileges (use sudo)"),
+    ))
 }
 
 /// An argument `KEY=PATH`.

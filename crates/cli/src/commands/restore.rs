@@ -5,13 +5,20 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Args;
+use limosa_container::Changes;
 use limosa_engine::{Report, Times, restore};
 use limosa_image::Checkpoint;
+use limosa_kernel::signals::Signals;
+use limosa_kernel::task;
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::process::Signal;
 use serde::Serialize;
 
-use crate::context::{Context, Outcome};
+use crate::context::{Context, Failure, Outcome};
 use crate::text;
 use crate::trace::Trace;
+use crate::watched::{self, Reading};
 
 /// Start again what a checkpoint holds.
 #[derive(Debug, Args)]
@@ -28,7 +35,7 @@ pub struct Restore {
     #[arg(long)]
     name: Option<limosa_container::Name>,
 
-    /// Return when the tree runs; otherwise wait and pass on its exit status.
+    /// Return when the tree runs; otherwise wait, pass signals on to it, and pass on its exit status.
     #[arg(long)]
     detach: bool,
 
@@ -36,7 +43,7 @@ pub struct Restore {
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
 
-    /// The directory that becomes the tree's root.
+    /// The directory that becomes the tree's root; for a container, the directory of its read-only layer here.
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
 
@@ -71,8 +78,25 @@ impl Restore {
         if self.explain {
             return explain(context, &checkpoint);
         }
-        if limosa_container::holds_container(&checkpoint) {
-            return self.container(context, &checkpoint, report);
+        super::require_root("restore", 1)?;
+        let signals = watched::hold_back();
+        let (checkpoint, reading) = Reading::watch(checkpoint, signals);
+        let root = if limosa_container::holds_container(&checkpoint) {
+            self.container(context, &checkpoint, &reading, &mut report)?
+        } else {
+            self.process_tree(&checkpoint, &reading, &mut report)?
+        };
+        self.conclude(context, root, report, signals)
+    }
+
+    fn process_tree(
+        &self,
+        checkpoint: &Checkpoint,
+        reading: &Reading,
+        report: &mut Report,
+    ) -> Result<i32, Failure> {
+        if self.name.is_some() {
+            return Err(anyhow::anyhow!("--name is for containers; this is a process tree").into());
         }
         let options = restore::Options {
             root: self.root.clone(),
@@ -80,33 +104,48 @@ impl Restore {
             externals: self.external.iter().cloned().collect(),
             ..restore::Options::default()
         };
-        let planned = report.phase("plan", |_| restore::Planned::new(&checkpoint, options))?;
-        let loaded = planned.build(&mut report)?;
-        if let Some(path) = &self.pidfile {
-            std::fs::write(path, format!("{}\n", loaded.root()))
-                .with_context(|| format!("writing {}", path.display()))?;
-        }
-        let started = loaded.start(&mut report)?;
-        self.conclude(context, started.root, report)
+        let planned = report.phase("plan", |_| restore::Planned::new(checkpoint, options))?;
+        let loaded = planned.build(report);
+        let loaded = reading.conclude(loaded)?;
+        self.write_pidfile(loaded.root())?;
+        Ok(loaded.start(report).inspect_err(|_| self.remove_pidfile())?.root)
     }
 
-    fn container(self, context: &Context, checkpoint: &Checkpoint, mut report: Report) -> Outcome {
-        if self.root.is_some() || !self.external.is_empty() {
-            let error = anyhow::anyhow!("--root and --external are for process trees; this is a container");
-            return Err(error.into());
-        }
+    fn container(
+        &self,
+        context: &Context,
+        checkpoint: &Checkpoint,
+        reading: &Reading,
+        report: &mut Report,
+    ) -> Result<i32, Failure> {
         let registry = context.registry();
-        let prepared = limosa_container::prepare(&registry, checkpoint, self.name.clone(), &mut report)?;
-        let restored = prepared.start(&registry, &mut report)?;
+        let changes = Changes {
+            name: self.name.clone(),
+            rootfs: self.root.as_ref().map(std::path::absolute).transpose()?,
+            externals: self.external.iter().cloned().collect(),
+        };
+        let prepared = limosa_container::prepare(&registry, checkpoint, changes, report);
+        let prepared = reading.conclude(prepared)?;
+        self.write_pidfile(prepared.pid())?;
+        Ok(prepared.start(&registry, report).inspect_err(|_| self.remove_pidfile())?.pid)
+    }
+
+    /// Before anything runs: a restore whose PID nobody learns is worse than none.
+    fn write_pidfile(&self, pid: i32) -> anyhow::Result<()> {
+        let Some(path) = &self.pidfile else { return Ok(()) };
+        let text = format!("{pid}\n");
+        std::fs::write(path, text)
+            .with_context(|| format!("nothing was restored: writing {}", path.display()))
+    }
+
+    fn remove_pidfile(&self) {
         if let Some(path) = &self.pidfile {
-            std::fs::write(path, format!("{}\n", restored.pid))
-                .with_context(|| format!("writing {}", path.display()))?;
+            let _ = std::fs::remove_file(path);
         }
-        self.conclude(context, restored.pid, report)
     }
 
     /// Reports, and waits for the root's end if that is wanted.
-    fn conclude(self, context: &Context, root: i32, report: Report) -> Outcome {
+    fn conclude(self, context: &Context, root: i32, report: Report, signals: Option<&Signals>) -> Outcome {
         self.trace.write(&report);
         let whole_us = report.elapsed_us();
         let times = Times {
@@ -128,7 +167,7 @@ impl Restore {
         if self.detach {
             return Ok(ExitCode::SUCCESS);
         }
-        wait_for(root)
+        wait_for(root, signals)
     }
 }
 
@@ -139,14 +178,40 @@ fn explain(context: &Context, checkpoint: &Checkpoint) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Waits for the root and passes on its exit status; 128 + N if signal N ended it.
-fn wait_for(pid: i32) -> Outcome {
+/// Waits for the root and passes on its exit status; 128 + N if signal N ended it. Signals that come meanwhile go to the
+/// root; the second kills it.
+fn wait_for(pid: i32, signals: Option<&Signals>) -> Outcome {
     use limosa_kernel::ptrace::{WaitStatus, wait};
+    if let Some(signals) = signals {
+        pass_on(pid, signals)?;
+    }
     loop {
         match wait(pid)? {
             WaitStatus::Exited(status) => return Ok(ExitCode::from(status as u8)),
             WaitStatus::Killed(signal) => return Ok(ExitCode::from(128 + signal as u8)),
             WaitStatus::Stopped { .. } => {}
+        }
+    }
+}
+
+/// Passes signals on to `pid` until that ends.
+fn pass_on(pid: i32, signals: &Signals) -> anyhow::Result<()> {
+    let pidfd = task::pidfd_open(pid)?;
+    let mut sent = false;
+    loop {
+        let mut polled = [PollFd::new(&pidfd, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
+        match rustix::event::poll(&mut polled, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(anyhow::Error::new(errno).context("waiting for the restored tree")),
+        }
+        if !polled[0].revents().is_empty() {
+            return Ok(());
+        }
+        while let Some(signal) = signals.next() {
+            let signal = if sent { Signal::KILL.as_raw() } else { signal };
+            sent = true;
+            // It may have ended just now.
+            let _ = task::signal_process(pid, signal);
         }
     }
 }

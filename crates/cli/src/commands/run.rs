@@ -76,6 +76,7 @@ struct Report {
 impl Run {
     /// Runs the container.
     pub fn execute(self, context: &Context) -> Outcome {
+        super::require_root("run", FAILED)?;
         let rootfs = std::path::absolute(&self.rootfs)?;
         let config = Config {
             name: self.name,

@@ -39,21 +39,31 @@ impl<'g> Redis<'g> {
         let root = ground.start("redis", &command)?;
         let client = || Ok::<_, anyhow::Error>(Client::new(connect(ground, "redis", root, PORT)?));
         let (counting, blocked, queueing) = (client()?, client()?, client()?);
-        let mut redis = Self {
-            ground,
-            root,
-            keys,
-            counting,
-            blocked,
-            queueing,
-            counted: [0; COUNTERS as usize],
-            largest_gap: Duration::ZERO,
-        };
+        let counted = [0; COUNTERS as usize];
+        let mut redis =
+            Self { ground, root, keys, counting, blocked, queueing, counted, largest_gap: Duration::ZERO };
         redis.load()?;
-        redis.blocked.send(&["BLPOP", "queue", "0"])?;
-        ensure!(redis.queueing.call(&["MULTI"])? == "OK");
-        ensure!(redis.queueing.call(&["SET", "queued", "1"])? == "QUEUED");
+        redis.open_requests()?;
         Ok(redis)
+    }
+
+    /// One client waits, another has a transaction half queued.
+    fn open_requests(&mut self) -> Result<()> {
+        self.blocked.send(&["BLPOP", "queue", "0"])?;
+        ensure!(self.queueing.call(&["MULTI"])? == "OK");
+        ensure!(self.queueing.call(&["SET", "queued", "1"])? == "QUEUED");
+        Ok(())
+    }
+
+    /// Makes sure that all connections are closed, and connects all clients anew.
+    pub fn reconnect(&mut self) -> Result<()> {
+        for client in [&mut self.counting, &mut self.blocked, &mut self.queueing] {
+            let (asked, closed) = (Instant::now(), client.call(&["PING"]));
+            ensure!(closed.is_err(), "a connection that was to be closed answers {closed:?}");
+            ensure!(asked.elapsed() < PATIENCE / 2, "a connection that was to be closed is silent");
+            *client = Client::new(connect(self.ground, "redis", self.root, PORT)?);
+        }
+        self.open_requests()
     }
 
     /// The longest time that a reply took since this was last asked.

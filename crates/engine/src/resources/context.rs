@@ -6,7 +6,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use limosa_image::{Checkpoint, Sink};
-use limosa_puppet::Program;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use super::shared_memory::SharedObjects;
@@ -99,9 +98,6 @@ pub struct Holder<'a> {
     pub descriptors: &'a [Descriptor],
 }
 
-/// Adds what must be done in the process that holds the description.
-pub type Completion = Box<dyn FnOnce(&Holder, &mut Program)>;
-
 /// What is common to the rebuilding of all descriptions of a tree.
 pub struct RebuildContext<'a> {
     /// The checkpoint.
@@ -115,7 +111,6 @@ pub struct RebuildContext<'a> {
     pub(crate) terminals: &'a [Rebuilt],
     root: OwnedFd,
     shared: HashMap<(&'static str, u64), Box<dyn Any>>,
-    completions: Vec<Completion>,
     starters: Vec<Starter>,
 }
 
@@ -129,8 +124,8 @@ impl<'a> RebuildContext<'a> {
         externals: &'a HashMap<String, PathBuf>,
         pids: &'a HashMap<i32, i32>,
     ) -> Self {
-        let (shared, completions, starters) = (HashMap::new(), Vec::new(), Vec::new());
-        Self { checkpoint, shared_objects, externals, pids, terminals, root, shared, completions, starters }
+        let (shared, starters) = (HashMap::new(), Vec::new());
+        Self { checkpoint, shared_objects, externals, pids, terminals, root, shared, starters }
     }
 
     /// The root directory of the tree's mount namespace.
@@ -165,17 +160,6 @@ impl<'a> RebuildContext<'a> {
             .ok_or_else(|| RestoreError::inconsistent(format!("{kind} {id} is used as two kinds of object")))
     }
 
-    /// Has `completion` add calls to the program of the first process that holds the description being rebuilt,
-    /// after all its descriptors are in place.
-    pub fn complete_inside(&mut self, completion: impl FnOnce(i32, &mut Program) + 'static) {
-        self.complete_among(|holder, program| completion(holder.number, program));
-    }
-
-    /// Like [`Self::complete_inside`], for what also needs other descriptors of the process.
-    pub fn complete_among(&mut self, completion: impl FnOnce(&Holder, &mut Program) + 'static) {
-        self.completions.push(Box::new(completion));
-    }
-
     /// Has `starter` run when the whole tree is about to start: for what the world outside can see.
     pub fn at_start(&mut self, starter: impl FnOnce() -> Result<(), RestoreError> + 'static) {
         self.starters.push(Box::new(starter));
@@ -184,10 +168,5 @@ impl<'a> RebuildContext<'a> {
     /// What is to be done at the start.
     pub(crate) fn take_starters(&mut self) -> Vec<Starter> {
         std::mem::take(&mut self.starters)
-    }
-
-    /// The completions registered since the last call.
-    pub(crate) fn take_completions(&mut self) -> Vec<Completion> {
-        std::mem::take(&mut self.completions)
     }
 }

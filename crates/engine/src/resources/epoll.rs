@@ -60,14 +60,14 @@ impl DescriptorKind for Epoll {
         Ok(Self { entries })
     }
 
-    fn rebuild(&self, _: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
-        let entries = self.entries.clone();
-        context.complete_among(move |holder, program| {
-            for entry in &entries {
-                add(entry, holder, program);
-            }
-        });
+    fn rebuild(&self, _: u32, _: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
         create(CreateFlags::CLOEXEC).map_err(RestoreError::rebuild("epoll", "epoll_create1"))
+    }
+
+    fn complete(&self, holder: &Holder, program: &mut Program) {
+        for entry in &self.entries {
+            add(entry, holder, program);
+        }
     }
 }
 

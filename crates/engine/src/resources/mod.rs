@@ -94,9 +94,12 @@ pub trait DescriptorKind: Sized {
     /// Its state; typed refusals for what cannot be carried.
     fn capture(view: &DescriptionView, context: &mut CaptureContext) -> Result<Self, CaptureError>;
 
-    /// A new description in that state, in Limosa itself. What must be done by the process that holds it is
-    /// left to [`RebuildContext::complete_inside`].
+    /// A new description in that state, in Limosa itself.
     fn rebuild(&self, flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError>;
+
+    /// Adds what must be done by a process that holds the description: the first one, when all its descriptors are in
+    /// place.
+    fn complete(&self, _: &Holder, _: &mut Program) {}
 }
 
 macro_rules! attributes {
@@ -177,6 +180,13 @@ macro_rules! descriptor_kinds {
             pub fn rebuild(&self, flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
                 match self {
                     $(Self::$variant(state) => state.rebuild(flags, context),)*
+                }
+            }
+
+            /// Adds what its first holder must do.
+            pub(crate) fn complete(&self, holder: &Holder, program: &mut Program) {
+                match self {
+                    $(Self::$variant(state) => state.complete(holder, program),)*
                 }
             }
 

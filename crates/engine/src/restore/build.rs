@@ -4,7 +4,7 @@
 //! places the descriptors, sets everything a process has one of, makes the threads, and lets each set what is its
 //! own, credentials last.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use limosa_image::Checkpoint;
@@ -18,7 +18,7 @@ use crate::error::RestoreError;
 use crate::memory;
 use crate::plan::Role;
 use crate::report::Report;
-use crate::resources::context::{Completion, Holder};
+use crate::resources::context::Holder;
 use crate::resources::mapping::Backing;
 use crate::state::{Body, Life, Process, Tree};
 
@@ -298,12 +298,10 @@ fn wait_for_end(pid: i32) -> Result<(), RestoreError> {
 
 /// What the second program of a process needs beyond the tree's state.
 pub(super) struct Finishing<'a> {
-    /// What holders of descriptions do, by description; what is done is taken out.
-    pub(super) completions: &'a mut HashMap<usize, Vec<Completion>>,
     /// For each mapping, whether the process was born with it.
     pub(super) kept: Vec<bool>,
-    /// Descriptions whose owner has been set.
-    pub(super) owned: &'a mut HashSet<usize>,
+    /// Descriptions that a process has already, which did what is to be done once.
+    pub(super) held: &'a mut HashSet<usize>,
     /// The number of the socket that descriptors come over.
     pub(super) socket_number: i32,
 }
@@ -326,10 +324,11 @@ pub(super) fn final_program(
         );
     }
     descriptors::place(&mut program, finishing.socket_number, &body.descriptors);
-    for descriptor in &body.descriptors {
-        for completion in finishing.completions.remove(&descriptor.description).unwrap_or_default() {
-            completion(&Holder { number: descriptor.number, descriptors: &body.descriptors }, &mut program);
-        }
+    let first_held: Vec<_> =
+        body.descriptors.iter().filter(|descriptor| finishing.held.insert(descriptor.description)).collect();
+    for descriptor in &first_held {
+        let holder = Holder { number: descriptor.number, descriptors: &body.descriptors };
+        tree.descriptions[descriptor.description].state.complete(&holder, &mut program);
     }
     let socket_number = finishing.socket_number;
     if let Some((at, group)) = foreground(tree, process.pid) {
@@ -349,10 +348,8 @@ pub(super) fn final_program(
         let cradle = deliver(thread.tid, own)?;
         add_clone(&mut program, cradle, CLONE_THREAD_FLAGS, 0, thread.tid);
     }
-    for descriptor in &body.descriptors {
-        if finishing.owned.insert(descriptor.description)
-            && let Some(owner) = tree.descriptions[descriptor.description].owner
-        {
+    for descriptor in first_held {
+        if let Some(owner) = tree.descriptions[descriptor.description].owner {
             descriptors::set_owner(descriptor.number, owner, &mut program);
         }
     }
@@ -375,12 +372,7 @@ fn complete(
 ) -> Result<(), RestoreError> {
     let mut threads: Vec<Birth> = Vec::with_capacity(body.threads.len() - 1);
     let kept = settlement(nursery.heritage.of(index), body, checkpoint).unwrap_or_default().kept;
-    let mut finishing = Finishing {
-        kept,
-        completions: &mut objects.completions,
-        owned: &mut objects.owned,
-        socket_number: nursery.socket_number,
-    };
+    let mut finishing = Finishing { kept, held: &mut objects.held, socket_number: nursery.socket_number };
     let arena = &mut nursery.arena;
     let program =
         final_program(tree, (&tree.processes[index], body), checkpoint, &mut finishing, |_, own| {

@@ -13,7 +13,6 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use super::Makers;
 use crate::error::RestoreError;
 use crate::network::Starter;
-use crate::resources::context::Completion;
 use crate::resources::mapping::{Backing, MappedFile};
 use crate::resources::terminal::Rebuilt;
 use crate::resources::{DescriptorState, RebuildContext, unix_socket};
@@ -29,12 +28,10 @@ pub(crate) struct Objects {
     pub(crate) descriptions: Vec<OwnedFd>,
     /// By index of the shared object.
     pub(crate) shared: Vec<OwnedFd>,
-    /// What the first holder of a description has to do.
-    pub(crate) completions: HashMap<usize, Vec<Completion>>,
     /// What has to be done when the tree starts.
     pub(crate) starters: Vec<Starter>,
-    /// Descriptions whose owner has been set.
-    pub(crate) owned: HashSet<usize>,
+    /// Descriptions that a process has already.
+    pub(crate) held: HashSet<usize>,
     files: HashMap<(Vec<u8>, bool), OwnedFd>,
     root: OwnedFd,
 }
@@ -58,14 +55,9 @@ pub(crate) fn rebuild_all(
     let pids = makers.pids();
     let mut context = RebuildContext::new(checkpoint, root, &shared, terminals, externals, &pids);
     let mut descriptions = Vec::with_capacity(tree.descriptions.len());
-    let mut completions = HashMap::new();
-    for (index, description) in tree.descriptions.iter().enumerate() {
+    for description in &tree.descriptions {
         let descriptor = description.state.rebuild(description.flags, &mut context)?;
         set_status(&descriptor, description.flags, description.state.kind())?;
-        let completion = context.take_completions();
-        if !completion.is_empty() {
-            completions.insert(index, completion);
-        }
         descriptions.push(descriptor);
     }
     for (terminal, rebuilt) in tree.terminals.iter().zip(terminals) {
@@ -77,9 +69,8 @@ pub(crate) fn rebuild_all(
     Ok(Objects {
         descriptions,
         shared,
-        completions,
         starters,
-        owned: HashSet::new(),
+        held: HashSet::new(),
         files: HashMap::new(),
         root: own_root,
     })

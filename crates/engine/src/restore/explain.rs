@@ -1,9 +1,9 @@
 //! The plan of a restore as text: `limosa restore --explain`.
 //!
-//! The programs are built by the functions that a restore uses. Two things are not known before it happens: addresses
-//! in the arena, which are left out, and what objects ask of the process that holds them (an epoll's entries, say).
+//! The programs are built by the functions that a restore uses. Not known before it happens are addresses in the arena,
+//! which are left out.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fmt::Write;
 
 use limosa_puppet::Program;
@@ -23,7 +23,7 @@ impl Planned<'_> {
         self.explain_processes(&mut text);
         explain_objects(&self.tree, &mut text);
         let socket_number = births::planned_socket_number(&self.tree);
-        let mut owned = HashSet::new();
+        let mut held = HashSet::new();
         let heritage = Heritage::new(&self.tree, &self.plan);
         for (node, planned) in self.plan.nodes.iter().enumerate() {
             let family = births::Family { tree: &self.tree, plan: &self.plan, heritage: &heritage };
@@ -42,10 +42,8 @@ impl Planned<'_> {
             let (mappings, _) = mapping_program(process, body, self.checkpoint, socket_number, trust);
             section(&mut text, planned.pid, "makes its mappings", &mappings.to_string());
             let mut threads = Vec::new();
-            let mut completions = HashMap::new();
             let kept = settlement(trust, body, self.checkpoint).unwrap_or_default().kept;
-            let mut finishing =
-                Finishing { kept, completions: &mut completions, owned: &mut owned, socket_number };
+            let mut finishing = Finishing { kept, held: &mut held, socket_number };
             let last =
                 final_program(&self.tree, (process, body), self.checkpoint, &mut finishing, |tid, own| {
                     threads.push((tid, own.to_string()));
