@@ -2,10 +2,10 @@
 //!
 //! One interface for how memory is captured and how it comes back: stop-and-copy and eager are the ways there are.
 
-use limosa_image::{CHUNK, Checkpoint, Extent, Sink, SpaceId};
+use limosa_image::{Checkpoint, Extent, Sink, SpaceId};
 use limosa_kernel::memory::{self, ForeignMemory, Range};
 
-use crate::error::{CaptureError, RestoreError};
+use crate::error::CaptureError;
 use crate::pieces::{Piece, Pieces};
 use crate::resources::mapping::MappingState;
 use crate::sharing::OwnRuns;
@@ -163,24 +163,6 @@ pub fn has_pages(extents: &[Extent], inherited: &[Piece], mapping: &MappingState
         || inherited.get(heir).is_some_and(|piece| piece.start < mapping.end())
 }
 
-/// Puts all pages of `space` into the puppet `pid`, whose mappings are writable. Returns bytes loaded.
-pub fn load(pid: i32, checkpoint: &Checkpoint, space: SpaceId) -> Result<u64, RestoreError> {
-    let mut buffer = Vec::new();
-    let mut loaded = 0;
-    for extent in checkpoint.extents(space) {
-        let mut done = 0;
-        while done < extent.length {
-            let length = (extent.length - done).min(CHUNK);
-            buffer.resize(length as usize, 0);
-            checkpoint.read_pages(extent, done..done + length, &mut buffer)?;
-            memory::write(pid, extent.start + done, &buffer)?;
-            done += length;
-        }
-        loaded += extent.length;
-    }
-    Ok(loaded)
-}
-
 /// Which pages of `pieces` are stored: the others are what their mappings make of them.
 pub fn stored(checkpoint: &Checkpoint, pieces: &Pieces) -> Pieces {
     let of_space = |(space, pieces): (SpaceId, &[Piece])| {
@@ -190,34 +172,4 @@ pub fn stored(checkpoint: &Checkpoint, pieces: &Pieces) -> Pieces {
         pieces.inside_of(&ranges)
     };
     pieces.by_space().flat_map(|group| of_space(group).iter().collect::<Vec<_>>()).collect()
-}
-
-/// Puts the pages of `wanted` that are stored into the puppet `pid`, whose mappings are writable. Returns bytes loaded.
-pub fn load_pieces(pid: i32, checkpoint: &Checkpoint, wanted: &Pieces) -> Result<u64, RestoreError> {
-    let mut buffer = Vec::new();
-    let mut loaded = 0;
-    for (space, pieces) in wanted.by_space() {
-        let extents = checkpoint.extents(space);
-        let first = pieces.first().map_or(0, |piece| piece.start);
-        for extent in &extents[extents.partition_point(|extent| extent.end() <= first)..] {
-            // Checksums are of whole chunks: each is read once.
-            for chunk in (extent.start..extent.end()).step_by(CHUNK as usize) {
-                let end = (chunk + CHUNK).min(extent.end());
-                let from = pieces.partition_point(|piece| piece.end <= chunk);
-                let parts = pieces[from..].iter().map_while(|piece| piece.within(chunk, end));
-                let parts: Vec<_> = parts.collect();
-                if parts.is_empty() {
-                    continue;
-                }
-                buffer.resize((end - chunk) as usize, 0);
-                checkpoint.read_pages(extent, chunk - extent.start..end - extent.start, &mut buffer)?;
-                for part in parts {
-                    let bytes = &buffer[(part.start - chunk) as usize..(part.end - chunk) as usize];
-                    memory::write(pid, part.start, bytes)?;
-                    loaded += part.end - part.start;
-                }
-            }
-        }
-    }
-    Ok(loaded)
 }

@@ -13,6 +13,7 @@ mod descriptors;
 mod explain;
 mod heritage;
 mod inside;
+mod load;
 mod makers;
 mod start;
 
@@ -80,6 +81,7 @@ impl<'a> Planned<'a> {
     pub fn new(checkpoint: &'a Checkpoint, options: Options) -> Result<Self, RestoreError> {
         let tree: Tree = checkpoint.state(TREE)?;
         check(&tree)?;
+        check_pages(&tree, checkpoint)?;
         let plan = Plan::new(&Kin::of(&tree))?;
         Ok(Self { checkpoint, tree, plan, options })
     }
@@ -220,6 +222,29 @@ fn check(tree: &Tree) -> Result<(), RestoreError> {
         }
         if body.threads.first().is_none_or(|leader| leader.tid != process.pid) {
             return Err(RestoreError::inconsistent(format!("process {} has no leading thread", process.pid)));
+        }
+    }
+    Ok(())
+}
+
+/// Checks that stored pages lie in their process's private mappings: anywhere else they would be written into what Limosa
+/// itself keeps in a puppet.
+fn check_pages(tree: &Tree, checkpoint: &Checkpoint) -> Result<(), RestoreError> {
+    for (process, body) in tree.living() {
+        let mut mappings = body.mappings.iter().filter(|mapping| mapping.is_private()).peekable();
+        for extent in checkpoint.extents(body.pages.own()) {
+            let mut covered = extent.start;
+            while covered < extent.end() {
+                while mappings.next_if(|mapping| mapping.end() <= covered).is_some() {}
+                match mappings.peek() {
+                    Some(mapping) if mapping.start <= covered => covered = mapping.end(),
+                    _ => {
+                        let what =
+                            format!("a page at {covered:#x} of process {} is in no mapping", process.pid);
+                        return Err(RestoreError::inconsistent(what));
+                    }
+                }
+            }
         }
     }
     Ok(())

@@ -9,10 +9,9 @@ use limosa_puppet::{Arena, Birth, CallId, Program, Resident, Running};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::heritage::Heritage;
-use super::{ARENA_SIZE, Nursery, Place};
+use super::{ARENA_SIZE, Nursery, Place, load};
 use crate::error::RestoreError;
 use crate::guardian;
-use crate::memory;
 use crate::plan::{NodeId, Plan, Role, Step};
 use crate::resources::signal_handlers;
 use crate::resources::terminal::Rebuilt;
@@ -124,8 +123,8 @@ pub(crate) fn give_birth(
             if place.is_some() {
                 identify(&mut nursery, &[*node])?;
             }
-            let pid = nursery.puppets[*node].pid();
-            *loaded += memory::load_pieces(pid, checkpoint, &nursery.heritage.of(*node).loads)?;
+            let wanted = nursery.heritage.of(*node).loads.clone();
+            *loaded += load::load_pieces(&mut nursery, *node, checkpoint, &wanted)?;
             let (puppet, arena) = nursery.puppet(*node);
             puppet.run(arena, program).map_err(|error| explain(error, plan))?;
         }

@@ -13,7 +13,7 @@ use limosa_puppet::{Birth, Program, Running};
 use super::births::{Cradle, add_clone, slave_number};
 use super::descriptors::{self, Objects};
 use super::heritage::{Settlement, Trust};
-use super::{Nursery, is_alive};
+use super::{Nursery, is_alive, load};
 use crate::error::RestoreError;
 use crate::memory;
 use crate::plan::Role;
@@ -50,10 +50,9 @@ pub(crate) fn build_all(
     report.phase("memory", |report| -> Result<(), RestoreError> {
         for (index, process) in tree.processes.iter().enumerate() {
             if let Life::Alive(body) = &process.life {
-                let pid = nursery.puppets[index].pid();
                 report.page_bytes += match settlement(nursery.heritage.of(index), body, checkpoint) {
-                    None => memory::load(pid, checkpoint, body.pages.own())?,
-                    Some(settlement) => memory::load_pieces(pid, checkpoint, &settlement.missing)?,
+                    None => load::load(nursery, index, checkpoint, body.pages.own())?,
+                    Some(settlement) => load::load_pieces(nursery, index, checkpoint, &settlement.missing)?,
                 };
             }
         }
