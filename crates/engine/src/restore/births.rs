@@ -123,8 +123,8 @@ pub(crate) fn give_birth(
             if place.is_some() {
                 identify(&mut nursery, &[*node])?;
             }
-            let wanted = nursery.heritage.of(*node).loads.clone();
-            *loaded += load::load_pieces(&mut nursery, *node, checkpoint, &wanted)?;
+            let parts = load::stored(checkpoint, &nursery.heritage.of(*node).loads);
+            *loaded += load::load(&mut nursery, *node, checkpoint, &parts)?;
             let (puppet, arena) = nursery.puppet(*node);
             puppet.run(arena, program).map_err(|error| explain(error, plan))?;
         }

@@ -50,10 +50,8 @@ pub(crate) fn build_all(
     report.phase("memory", |report| -> Result<(), RestoreError> {
         for (index, process) in tree.processes.iter().enumerate() {
             if let Life::Alive(body) = &process.life {
-                report.page_bytes += match settlement(nursery.heritage.of(index), body, checkpoint) {
-                    None => load::load(nursery, index, checkpoint, body.pages.own())?,
-                    Some(settlement) => load::load_pieces(nursery, index, checkpoint, &settlement.missing)?,
-                };
+                let parts = missing(nursery.heritage.of(index), body, checkpoint);
+                report.page_bytes += load::load(nursery, index, checkpoint, &parts)?;
             }
         }
         Ok(())
@@ -73,6 +71,14 @@ pub(crate) fn build_all(
 pub(super) fn settlement(trust: &Trust, body: &Body, checkpoint: &Checkpoint) -> Option<Settlement> {
     let alone = trust.is_empty() && body.pages.inherited().is_empty();
     (!alone).then(|| trust.settle(body, checkpoint))
+}
+
+/// The pages that a process is not born with.
+pub(super) fn missing<'a>(trust: &Trust, body: &Body, checkpoint: &'a Checkpoint) -> Vec<load::Part<'a>> {
+    match settlement(trust, body, checkpoint) {
+        None => load::whole(checkpoint, body.pages.own()),
+        Some(settlement) => load::stored(checkpoint, &settlement.missing),
+    }
 }
 
 fn set_group(program: &mut Program, process: &Process) {

@@ -8,9 +8,9 @@ use std::fmt::Write;
 
 use limosa_puppet::Program;
 
-use super::build::{Finishing, final_program, mapping_program, settlement};
+use super::build::{Finishing, final_program, mapping_program, missing, settlement};
 use super::heritage::Heritage;
-use super::{Planned, births};
+use super::{Planned, births, load};
 use crate::error::RestoreError;
 use crate::plan::{Role, Step};
 use crate::state::{Life, Tree};
@@ -31,6 +31,12 @@ impl Planned<'_> {
             let first = family.first_program(node, cradle, socket_number);
             section(&mut text, planned.pid, "is born", &first.to_string());
             if heritage.of(node).waits() {
+                explain_reading(
+                    planned.pid,
+                    &load::stored(self.checkpoint, &heritage.of(node).loads),
+                    socket_number,
+                    &mut text,
+                );
                 let mut program = Program::new();
                 family.add_steps(node, cradle, socket_number, &mut program);
                 section(&mut text, planned.pid, "has what it shares, and makes others", &program.to_string());
@@ -41,6 +47,7 @@ impl Planned<'_> {
             let trust = heritage.of(node);
             let (mappings, _) = mapping_program(process, body, self.checkpoint, socket_number, trust);
             section(&mut text, planned.pid, "makes its mappings", &mappings.to_string());
+            explain_reading(planned.pid, &missing(trust, body, self.checkpoint), socket_number, &mut text);
             let mut threads = Vec::new();
             let kept = settlement(trust, body, self.checkpoint).unwrap_or_default().kept;
             let mut finishing = Finishing { kept, held: &mut held, socket_number };
@@ -99,6 +106,12 @@ fn explain_objects(tree: &Tree, text: &mut String) {
         });
         let holders = holders.collect::<Vec<_>>().join(" ");
         let _ = writeln!(text, "  description {index}: {}, held as {holders}", description.state.kind());
+    }
+}
+
+fn explain_reading(pid: i32, parts: &[load::Part], socket_number: i32, text: &mut String) {
+    for program in load::programs(parts, socket_number) {
+        section(text, pid, "reads pages", &program.to_string());
     }
 }
 

@@ -26,7 +26,7 @@ const MOST_VECTORS: usize = 1024;
 
 /// Pages that lie together, in the file and in the process.
 #[derive(Clone, Copy)]
-struct Part<'a> {
+pub(super) struct Part<'a> {
     extent: &'a Extent,
     /// First address.
     start: u64,
@@ -45,26 +45,15 @@ impl Part<'_> {
     }
 }
 
-/// Has the puppet of `node` read all pages of `space`; its mappings are writable. Returns bytes.
-pub(super) fn load(
-    nursery: &mut Nursery,
-    node: NodeId,
-    checkpoint: &Checkpoint,
-    space: SpaceId,
-) -> Result<u64, RestoreError> {
+/// All pages of `space`.
+pub(super) fn whole(checkpoint: &Checkpoint, space: SpaceId) -> Vec<Part<'_>> {
     let whole = |extent| Part { extent, start: extent.start, end: extent.end() };
-    load_parts(nursery, node, checkpoint, checkpoint.extents(space).iter().map(whole))
+    checkpoint.extents(space).iter().map(whole).collect()
 }
 
-/// Has the puppet of `node` read those of the `wanted` pages that are stored; its mappings are writable. Returns bytes.
-pub(super) fn load_pieces(
-    nursery: &mut Nursery,
-    node: NodeId,
-    checkpoint: &Checkpoint,
-    wanted: &Pieces,
-) -> Result<u64, RestoreError> {
-    let parts = wanted.by_space().flat_map(|(space, pieces)| parts_of(checkpoint.extents(space), pieces));
-    load_parts(nursery, node, checkpoint, parts)
+/// Those of the `wanted` pages that are stored.
+pub(super) fn stored<'a>(checkpoint: &'a Checkpoint, wanted: &Pieces) -> Vec<Part<'a>> {
+    wanted.by_space().flat_map(|(space, pieces)| parts_of(checkpoint.extents(space), pieces)).collect()
 }
 
 /// What of `pieces` lies in `extents`; both are sorted.
@@ -80,11 +69,12 @@ fn parts_of<'a>(extents: &'a [Extent], pieces: &[Piece]) -> impl Iterator<Item =
     })
 }
 
-fn load_parts<'a>(
+/// Has the puppet of `node` read `parts`, for which its mappings are writable. Returns bytes.
+pub(super) fn load(
     nursery: &mut Nursery,
     node: NodeId,
     checkpoint: &Checkpoint,
-    parts: impl Iterator<Item = Part<'a>>,
+    parts: &[Part],
 ) -> Result<u64, RestoreError> {
     let mut loaded = 0;
     let mut checker = Checker { checkpoint, buffer: Vec::new(), last: None };
@@ -101,9 +91,14 @@ fn load_parts<'a>(
     Ok(loaded)
 }
 
+/// The programs that read `parts`.
+pub(super) fn programs(parts: &[Part], socket_number: i32) -> impl Iterator<Item = Program> {
+    batches(parts, BATCH).map(move |batch| Reading::new(&batch, socket_number).program)
+}
+
 /// Cuts parts into batches of `size` bytes.
-fn batches<'a>(parts: impl Iterator<Item = Part<'a>>, size: u64) -> impl Iterator<Item = Vec<Part<'a>>> {
-    let mut parts = parts.fuse();
+fn batches<'a>(parts: &[Part<'a>], size: u64) -> impl Iterator<Item = Vec<Part<'a>>> {
+    let mut parts = parts.iter().copied();
     let mut rest = None;
     std::iter::from_fn(move || {
         let (mut batch, mut room) = (Vec::new(), size);
@@ -211,10 +206,6 @@ mod tests {
         staging.into_checkpoint(Meta::new("test", Vec::new())).unwrap()
     }
 
-    fn whole(extents: &[Extent]) -> impl Iterator<Item = Part<'_>> {
-        extents.iter().map(|extent| Part { extent, start: extent.start, end: extent.end() })
-    }
-
     fn lengths(parts: &[Part]) -> Vec<u64> {
         parts.iter().map(|part| part.length() / PAGE).collect()
     }
@@ -222,7 +213,7 @@ mod tests {
     #[test]
     fn batches_hold_all_parts_and_no_more_than_they_may() {
         let checkpoint = checkpoint(&[(1, 3), (100, 12)], 0);
-        let batches: Vec<_> = batches(whole(checkpoint.extents(SPACE)), 4 * PAGE).collect();
+        let batches: Vec<_> = batches(&whole(&checkpoint, SPACE), 4 * PAGE).collect();
         let found: Vec<_> = batches.iter().map(|batch| lengths(batch)).collect();
         assert_eq!(found, [vec![3, 1], vec![4], vec![4], vec![3]]);
         let parts = batches.concat();
@@ -233,8 +224,11 @@ mod tests {
     fn parts_that_follow_each_other_in_the_file_are_read_by_one_call() {
         let calls = |between| {
             let checkpoint = checkpoint(&[(1, 1), (8, 2), (32, 1)], between);
-            let parts: Vec<_> = whole(checkpoint.extents(SPACE)).collect();
-            Reading::new(&parts, 7).calls.iter().map(|(_, length)| length / PAGE).collect::<Vec<_>>()
+            Reading::new(&whole(&checkpoint, SPACE), 7)
+                .calls
+                .iter()
+                .map(|(_, length)| length / PAGE)
+                .collect::<Vec<_>>()
         };
         assert_eq!((calls(0), calls(1)), (vec![4], vec![1, 2, 1]));
     }
