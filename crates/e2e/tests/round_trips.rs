@@ -45,6 +45,8 @@ round_trips! {
     memory_advice: "memory-advice";
     memory_file: "memory-file";
     memory_forked: "memory-forked";
+    memory_huge: "memory-huge";
+    memory_huge_forked: "memory-huge" "forked";
     memory_shared: "memory-shared";
     memory_system_v: "memory-shared" "system-v";
     misc: "misc";

@@ -282,6 +282,7 @@ fn capture_body(
     state.address_space.capture_deleted(view, shared)?;
     Ok(Body {
         pages: Pages::Own(spaces.next()),
+        huge_pages: Vec::new(),
         mappings: MappingState::capture_all(view, shared)?,
         descriptors: Vec::new(),
         threads,

@@ -12,6 +12,7 @@ mod build;
 mod descriptors;
 mod explain;
 mod heritage;
+mod huge_pages;
 mod inside;
 mod load;
 mod makers;
@@ -36,7 +37,7 @@ use crate::report::Report;
 use crate::resources::DescriptorState;
 use crate::resources::mapping::{self, Backing};
 use crate::resources::{shared_memory, terminal};
-use crate::state::{Life, Pages, Process, TREE, Tree};
+use crate::state::{Body, Life, Pages, Process, TREE, Tree};
 
 pub(crate) use inside::Inside;
 pub(crate) use makers::{Goal, Makers};
@@ -227,22 +228,34 @@ fn check(tree: &Tree) -> Result<(), RestoreError> {
     Ok(())
 }
 
-/// Checks that stored pages lie in their process's private mappings: anywhere else they would be written into what Limosa
-/// itself keeps in a puppet.
+/// Checks that pages that are stored or inherited lie in their process's private mappings: anywhere else they would be
+/// written into what Limosa itself keeps in a puppet.
 fn check_pages(tree: &Tree, checkpoint: &Checkpoint) -> Result<(), RestoreError> {
     for (process, body) in tree.living() {
-        let mut mappings = body.mappings.iter().filter(|mapping| mapping.is_private()).peekable();
-        for extent in checkpoint.extents(body.pages.own()) {
-            let mut covered = extent.start;
-            while covered < extent.end() {
-                while mappings.next_if(|mapping| mapping.end() <= covered).is_some() {}
-                match mappings.peek() {
-                    Some(mapping) if mapping.start <= covered => covered = mapping.end(),
-                    _ => {
-                        let what =
-                            format!("a page at {covered:#x} of process {} is in no mapping", process.pid);
-                        return Err(RestoreError::inconsistent(what));
-                    }
+        let stored = checkpoint.extents(body.pages.own()).iter();
+        check_covered(process, body, stored.map(|extent| (extent.start, extent.end())))?;
+        let inherited = body.pages.inherited().iter();
+        check_covered(process, body, inherited.map(|piece| (piece.start, piece.end)))?;
+    }
+    Ok(())
+}
+
+/// Checks that `ranges`, which are sorted, lie in private mappings.
+fn check_covered(
+    process: &Process,
+    body: &Body,
+    ranges: impl Iterator<Item = (u64, u64)>,
+) -> Result<(), RestoreError> {
+    let mut mappings = body.mappings.iter().filter(|mapping| mapping.is_private()).peekable();
+    for (start, end) in ranges {
+        let mut covered = start;
+        while covered < end {
+            while mappings.next_if(|mapping| mapping.end() <= covered).is_some() {}
+            match mappings.peek() {
+                Some(mapping) if mapping.start <= covered => covered = mapping.end(),
+                _ => {
+                    let what = format!("a page at {covered:#x} of process {} is in no mapping", process.pid);
+                    return Err(RestoreError::inconsistent(what));
                 }
             }
         }

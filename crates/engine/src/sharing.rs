@@ -11,7 +11,7 @@ use std::collections::{HashMap, HashSet};
 
 use limosa_image::SpaceId;
 use limosa_kernel::memory::ForeignMemory;
-use limosa_kernel::pagemap::{self, PageRun, PagemapScanner};
+use limosa_kernel::pagemap::{self, Categories, PageRun, PagemapScanner};
 
 use crate::error::CaptureError;
 use crate::pieces::Piece;
@@ -40,7 +40,7 @@ pub struct Run {
 /// The pages of a process that its own space is to hold, by mapping.
 pub type OwnRuns = Vec<Vec<Run>>;
 
-/// Finds all private pages of all processes: writes what each inherits into its state, and gives what is to be stored of
+/// Finds all private pages of all processes: writes what each inherits and which are huge into its state, and gives what is to be stored of
 /// each (nothing of one that has ended).
 pub fn survey(views: &[ProcessView], processes: &mut [Process]) -> Result<Vec<OwnRuns>, CaptureError> {
     let mut found = Vec::with_capacity(processes.len());
@@ -57,6 +57,7 @@ pub fn survey(views: &[ProcessView], processes: &mut [Process]) -> Result<Vec<Ow
             stored.push(Vec::new());
             continue;
         };
+        body.huge_pages = huge_pages(&body.mappings, &runs);
         stored.push(runs.iter().map(|runs| own_runs(runs, &shared)).collect());
         if !shared.inherited.is_empty() {
             body.pages = Pages::Partly { own: body.pages.own(), inherited: shared.inherited };
@@ -74,6 +75,13 @@ fn populated(view: &ProcessView, body: &Body) -> Result<Vec<Vec<PageRun>>, Captu
         Ok(scanner.populated(mapping.start..mapping.end())?)
     };
     body.mappings.iter().map(scan).collect()
+}
+
+/// The huge pages of private anonymous memory.
+fn huge_pages(mappings: &[MappingState], runs: &[Vec<PageRun>]) -> Vec<(u64, u64)> {
+    let anonymous = mappings.iter().zip(runs).filter(|(mapping, _)| mapping.starts_as_zeros());
+    let huge = anonymous.flat_map(|(_, runs)| runs).filter(|run| run.categories.contains(Categories::HUGE));
+    huge.map(|run| (run.start, run.end)).collect()
 }
 
 /// The pages of a process that are not its alone; sorted.

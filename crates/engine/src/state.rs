@@ -75,6 +75,9 @@ pub struct Body {
     /// Where its private pages are.
     #[serde(rename = "space")]
     pub pages: Pages,
+    /// Ranges of its private anonymous memory that were transparent huge pages: start and end, by address.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub huge_pages: Vec<(u64, u64)>,
     /// Its mappings by address.
     pub mappings: Vec<MappingState>,
     /// Its descriptors by number.

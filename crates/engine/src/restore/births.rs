@@ -74,7 +74,7 @@ pub(crate) fn give_birth(
     let socket_number = socket_number(tree)?;
     let mut births: HashMap<NodeId, Birth> = HashMap::new();
     let heritage = Heritage::new(tree, plan);
-    let family = Family { tree, plan, heritage: &heritage };
+    let family = Family { tree, plan, heritage: &heritage, checkpoint };
     let order = plan.makers_last();
     // What those that wait for pages do once they have them.
     let mut later: HashMap<NodeId, Program> = HashMap::new();
@@ -282,6 +282,7 @@ pub(crate) struct Family<'a> {
     pub(crate) tree: &'a Tree,
     pub(crate) plan: &'a Plan,
     pub(crate) heritage: &'a Heritage,
+    pub(crate) checkpoint: &'a Checkpoint,
 }
 
 impl Family<'_> {
@@ -296,7 +297,7 @@ impl Family<'_> {
         end_with_the_parent(&mut program, socket_number);
         let trust = self.heritage.of(node);
         if trust.waits() {
-            trust.map_new(&mut program);
+            trust.map_new(self.checkpoint, &mut program);
         } else {
             self.add_steps(node, cradle, socket_number, &mut program);
         }

@@ -12,8 +12,8 @@ use limosa_puppet::{Birth, Program, Running};
 
 use super::births::{Cradle, add_clone, slave_number};
 use super::descriptors::{self, Objects};
-use super::heritage::{Settlement, Trust};
-use super::{Nursery, is_alive, load};
+use super::heritage::{self, Settlement, Trust};
+use super::{Nursery, huge_pages, is_alive, load};
 use crate::error::RestoreError;
 use crate::memory;
 use crate::plan::Role;
@@ -150,6 +150,11 @@ pub(super) fn mapping_program(
         }
         let writable = mapping.is_private() && memory::has_pages(extents, body.pages.inherited(), mapping);
         mapping.map(&mut program, number, writable);
+    }
+    if !body.huge_pages.is_empty() {
+        let all = || memory::stored(checkpoint, &heritage::whole(body.pages.own()));
+        let missing = if settlement.kept.is_empty() { all() } else { settlement.missing };
+        huge_pages::make(&huge_pages::of(body, &missing, &settlement.kept), &mut program);
     }
     if executable.is_some() {
         body.state.address_space.set_executable(received as i32 - 1, &mut program);

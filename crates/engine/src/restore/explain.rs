@@ -26,7 +26,12 @@ impl Planned<'_> {
         let mut held = HashSet::new();
         let heritage = Heritage::new(&self.tree, &self.plan);
         for (node, planned) in self.plan.nodes.iter().enumerate() {
-            let family = births::Family { tree: &self.tree, plan: &self.plan, heritage: &heritage };
+            let family = births::Family {
+                tree: &self.tree,
+                plan: &self.plan,
+                heritage: &heritage,
+                checkpoint: self.checkpoint,
+            };
             let cradle = |_| births::Cradle::default();
             let first = family.first_program(node, cradle, socket_number);
             section(&mut text, planned.pid, "is born", &first.to_string());

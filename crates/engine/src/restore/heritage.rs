@@ -18,6 +18,7 @@ use std::collections::HashMap;
 use limosa_image::{Checkpoint, SpaceId};
 use limosa_puppet::Program;
 
+use super::huge_pages;
 use crate::memory;
 use crate::pieces::{Piece, Pieces};
 use crate::plan::{NodeId, Plan, Role, Step};
@@ -63,6 +64,8 @@ pub(crate) struct Trust {
     pub(crate) loads: Pieces,
     /// All pages it has when it makes others.
     held: Pieces,
+    /// Where those that it loads were huge pages.
+    huge_pages: Vec<(u64, u64)>,
 }
 
 /// What each node of a plan is born with and holds; empty for a tree that shares no pages.
@@ -70,8 +73,13 @@ pub(crate) struct Trust {
 pub(crate) struct Heritage(Vec<Trust>);
 
 /// What the heritage of one node does not tell.
-static NOTHING: Trust =
-    Trust { estates: Vec::new(), born_with: 0, loads: Pieces::EMPTY, held: Pieces::EMPTY };
+static NOTHING: Trust = Trust {
+    estates: Vec::new(),
+    born_with: 0,
+    loads: Pieces::EMPTY,
+    held: Pieces::EMPTY,
+    huge_pages: Vec::new(),
+};
 
 /// What the heritage depends on of a living process.
 #[derive(Debug, Default)]
@@ -82,6 +90,8 @@ struct Share {
     inherited: Pieces,
     /// The mappings that can be inherited, by address.
     mappings: Vec<Estate>,
+    /// Its huge pages: start and end, by address.
+    huge_pages: Vec<(u64, u64)>,
 }
 
 impl Share {
@@ -91,6 +101,7 @@ impl Share {
             return Self::default();
         };
         let mut share = Self { own: Some(body.pages.own()), ..Self::default() };
+        share.huge_pages.clone_from(&body.huge_pages);
         share.mappings.extend(body.mappings.iter().filter(|one| is_inheritable(one)).map(Estate::of));
         if !body.pages.inherited().is_empty() {
             let all: Pieces = body.pages.inherited().iter().copied().collect();
@@ -188,6 +199,7 @@ impl Families<'_> {
             self.found_estates(node, &loads, &mut trust.estates);
             trust.loads = loads.inside_of(&ranges(&trust.estates));
             trust.held = trust.held.iter().chain(trust.loads.iter()).collect();
+            trust.huge_pages = self.huge_pages(&trust.loads);
         }
         for child in &self.made[node] {
             let inherited = trust.held.and(&self.below[*child]);
@@ -197,9 +209,22 @@ impl Families<'_> {
             // Other pages of the estate come with it.
             let held = trust.held.inside_of(&ranges(&estates));
             let born_with = estates.len();
-            trusts[*child] = Trust { estates, born_with, loads: Pieces::default(), held };
+            trusts[*child] = Trust { estates, born_with, held, ..Trust::default() };
         }
         trusts[node] = trust;
+    }
+
+    /// Where the processes that have `loads` stored had huge pages.
+    fn huge_pages(&self, loads: &Pieces) -> Vec<(u64, u64)> {
+        let mut huge = Vec::new();
+        for (space, pieces) in loads.by_space() {
+            let owner = self.shares.iter().find(|share| share.own == Some(space));
+            let addresses: Vec<_> = pieces.iter().map(|piece| (piece.start, piece.end)).collect();
+            let all = owner.map(|owner| owner.huge_pages.as_slice()).unwrap_or_default().iter();
+            huge.extend(all.filter(|(start, end)| touches(&addresses, *start, *end)));
+        }
+        huge.sort_unstable();
+        huge
     }
 
     /// Adds the estates for `loads` to those that `node` is born with: whole mappings of all that share them.
@@ -249,8 +274,8 @@ impl Trust {
         !self.loads.is_empty()
     }
 
-    /// Adds the calls that map the estates that the node was not born with.
-    pub(crate) fn map_new(&self, program: &mut Program) {
+    /// Adds the calls that map the estates that the node was not born with, for pages from `checkpoint`.
+    pub(crate) fn map_new(&self, checkpoint: &Checkpoint, program: &mut Program) {
         for estate in &self.estates[self.born_with..] {
             let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE | estate.flags;
             let arguments = [
@@ -262,6 +287,13 @@ impl Trust {
                 0.into(),
             ];
             program.call("map memory for heirs", libc::SYS_mmap, arguments);
+        }
+        if !self.huge_pages.is_empty() {
+            let stored = memory::stored(checkpoint, &self.loads).addresses();
+            let mut huge = huge_pages::among(&self.huge_pages, &stored);
+            let addresses = self.loads.addresses();
+            huge.retain(|start| huge_pages::is_within(&addresses, *start, start + huge_pages::HUGE_PAGE));
+            huge_pages::make(&huge, program);
         }
     }
 
@@ -345,7 +377,7 @@ impl Trust {
 }
 
 /// All pages that `space` can have.
-fn whole(space: SpaceId) -> Pieces {
+pub(super) fn whole(space: SpaceId) -> Pieces {
     [Piece { space, start: 0, end: u64::MAX }].into_iter().collect()
 }
 
@@ -376,7 +408,8 @@ mod tests {
     /// A process with the space `own`, one mapping, and what it inherits.
     fn share(own: u32, mapping: (u64, u64), inherited: &[(u64, u64, u32)]) -> Share {
         let inherited = pieces(inherited);
-        Share { own: Some(SpaceId(own)), inherited, mappings: vec![estate(mapping.0, mapping.1)] }
+        let mappings = vec![estate(mapping.0, mapping.1)];
+        Share { own: Some(SpaceId(own)), inherited, mappings, ..Share::default() }
     }
 
     /// A tree of processes 1, 2, … with these parents.

@@ -10,6 +10,7 @@ mod memory;
 mod memory_advice;
 mod memory_file;
 mod memory_forked;
+mod memory_huge;
 mod memory_shared;
 mod misc;
 mod odd_files;
@@ -57,6 +58,7 @@ const KINDS: &[(&str, SetUp)] = &[
     ("memory-advice", memory_advice::set_up),
     ("memory-file", memory_file::set_up),
     ("memory-forked", memory_forked::set_up),
+    ("memory-huge", memory_huge::set_up),
     ("memory-shared", memory_shared::set_up),
     ("misc", misc::set_up),
     ("odd-files", odd_files::set_up),
