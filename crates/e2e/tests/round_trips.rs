@@ -37,6 +37,7 @@ macro_rules! refusals {
 round_trips! {
     ballast: "ballast";
     creds: "creds";
+    eventfds: "eventfds";
     events: "events";
     files: "files";
     heartbeat: "heartbeat";

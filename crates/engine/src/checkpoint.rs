@@ -14,7 +14,7 @@ use limosa_image::Sink;
 use limosa_kernel::memory::ForeignMemory;
 use limosa_kernel::proc::{MappingName, TaskState};
 use limosa_kernel::task::{self, Comparison};
-use limosa_puppet::{Program, Vdso, Visit, step_out_of_stub};
+use limosa_puppet::{Outcome, Program, Vdso, Visit, step_out_of_stub};
 
 use crate::error::{CaptureError, Refusal};
 use crate::freeze::{Frozen, FrozenProcess};
@@ -294,6 +294,17 @@ fn capture_body(
     })
 }
 
+/// Has the leader of a frozen process run a program of its own, which must be harmless also when nobody waits for it.
+pub(crate) fn run_inside(view: &ProcessView, program: Program) -> Result<Outcome, CaptureError> {
+    let foreign = ForeignMemory::open(view.pid)?;
+    let vdso = locate_vdso(view, &foreign)?;
+    let mut visit =
+        Visit::begin(view.pid, view.pid, vdso, &foreign, view.status.signals.caught, program.size())?;
+    let outcome = visit.run(program)?;
+    visit.end()?;
+    Ok(outcome)
+}
+
 pub(crate) fn locate_vdso(view: &ProcessView, memory: &ForeignMemory) -> Result<Vdso, CaptureError> {
     let mapping =
         view.mappings.iter().find(|mapping| mapping.name == MappingName::Vdso).ok_or_else(|| {
@@ -445,8 +456,6 @@ fn reap_children(parent: i32, children: &[i32]) {
             status,
             mounts: OnceCell::new(),
         };
-        let foreign = ForeignMemory::open(parent)?;
-        let vdso = locate_vdso(&view, &foreign)?;
         let mut program = Program::new();
         for child in children {
             let own = limosa_kernel::proc::ProcDir::open(*child).and_then(|proc| proc.status());
@@ -454,10 +463,7 @@ fn reap_children(parent: i32, children: &[i32]) {
             let arguments = [own.into(), 0.into(), libc::__WALL.into(), 0.into()];
             program.try_call("reap a child", libc::SYS_wait4, arguments);
         }
-        let mut visit =
-            Visit::begin(parent, parent, vdso, &foreign, view.status.signals.caught, program.size())?;
-        visit.run(program)?;
-        visit.end()?;
+        run_inside(&view, program)?;
         Ok(())
     };
     if let Err(error) = reap() {

@@ -3,10 +3,12 @@
 use std::os::fd::OwnedFd;
 
 use limosa_kernel::proc::FdExtra;
+use limosa_puppet::{Arg, Data, Program};
 use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
 
 use super::{CaptureContext, DescriptorKind, RebuildContext};
+use crate::checkpoint::run_inside;
 use crate::error::{CaptureError, RestoreError};
 use crate::view::DescriptionView;
 
@@ -29,12 +31,11 @@ impl DescriptorKind for EventFd {
             let reason = "the kernel does not tell its count";
             return Err(view.refuse(reason, "close it before the checkpoint").into());
         };
-        if eventfd.semaphore.is_none() {
-            // Linux before 6.5 keeps it to itself; semaphores are rare.
-            let (pid, number) = (view.process.pid, view.number);
-            tracing::warn!(pid, number, "this kernel does not tell whether an eventfd is a semaphore: taken as a counter");
-        }
-        Ok(Self { count: eventfd.count, semaphore: eventfd.semaphore.unwrap_or(false) })
+        let semaphore = match eventfd.semaphore {
+            Some(semaphore) => semaphore,
+            None => find_out(view, eventfd.count)?,
+        };
+        Ok(Self { count: eventfd.count, semaphore })
     }
 
     fn rebuild(&self, _: u32, _: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
@@ -48,4 +49,63 @@ impl DescriptorKind for EventFd {
         }
         Ok(descriptor)
     }
+}
+
+/// `preadv2`: do not wait.
+const RWF_NOWAIT: i32 = 8;
+
+/// Whether it is a semaphore, which the kernel keeps to itself before Linux 6.5: a read tells, of a count of two or more.
+///
+/// The holder itself reads, and puts back what it took, by a program that goes on to its end whatever becomes of Limosa.
+/// Nobody else in the tree runs meanwhile. The same happens whatever it is: nothing in the program depends on it.
+///
+/// ```text
+/// count 0:     write 2, read → 1 or 2, read → 1 or nothing
+/// count 1:     write 1, read → 1 or 2, read → 1 or nothing, write 1
+/// count 2…:    read → 1 or the count, write what was read
+/// ```
+fn find_out(view: &DescriptionView, count: u64) -> Result<bool, CaptureError> {
+    let (program, answer) = question(view.number, count);
+    let outcome = run_inside(view.process, program)?;
+    outcome.check().map_err(|source| CaptureError::Question { pid: view.process.pid, source })?;
+    match outcome.word(answer, 0) {
+        1 => Ok(true),
+        read if read == count.max(2) => Ok(false),
+        _ => {
+            let reason = "somebody outside of the tree counts in it, and this kernel does not tell whether it is a semaphore";
+            Err(view.refuse(reason, "include whoever does, or use Linux 6.5 or newer").into())
+        }
+    }
+}
+
+/// The program, and where what was read first will be.
+fn question(number: i32, count: u64) -> (Program, Data) {
+    let mut program = Program::new();
+    let (first, second) = (program.space(8), program.space(8));
+    let read = |program: &mut Program, into: Data| {
+        let vector = program.words(&[0, 8]);
+        program.point(vector, 0, into);
+        // At no position, as read(2) does; a descriptor that blocks must not keep the process waiting.
+        let arguments = [number.into(), vector.into(), 1.into(), Arg::from(-1), Arg::from(-1), RWF_NOWAIT.into()];
+        program.try_call("read an eventfd", libc::SYS_preadv2, arguments);
+    };
+    let write = |program: &mut Program, from: Data| {
+        let arguments = [number.into(), from.into(), 8.into()];
+        program.call("write to an eventfd", libc::SYS_write, arguments);
+    };
+    if count < 2 {
+        let raise = program.words(&[2 - count]);
+        write(&mut program, raise);
+    }
+    read(&mut program, first);
+    match count {
+        0 => read(&mut program, second),
+        1 => {
+            read(&mut program, second);
+            let one = program.words(&[1]);
+            write(&mut program, one);
+        }
+        _ => write(&mut program, first),
+    }
+    (program, first)
 }

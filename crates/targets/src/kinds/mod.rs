@@ -2,6 +2,7 @@
 
 mod ballast;
 mod creds;
+mod eventfds;
 mod events;
 mod files;
 mod heartbeat;
@@ -50,6 +51,7 @@ pub struct Setting {
 const KINDS: &[(&str, SetUp)] = &[
     ("ballast", ballast::set_up),
     ("creds", creds::set_up),
+    ("eventfds", eventfds::set_up),
     ("events", events::set_up),
     ("files", files::set_up),
     ("heartbeat", heartbeat::set_up),
