@@ -328,6 +328,11 @@ vm_flags! {
 impl VmFlags {
     /// The flags that a `VmFlags` line names.
     pub fn parse(line: &[u8]) -> Self {
-        text::fields(line).map(Self::from_letters).collect()
+        let flags: Self = text::fields(line).map(Self::from_letters).collect();
+        // Before 6.2 "lf" had no letters; of those without, a locked mapping can have no other.
+        if flags.contains(Self::LOCKED) && text::fields(line).any(|letters| letters == b"??") {
+            return flags.difference(Self::UNKNOWN) | Self::LOCK_ON_FAULT;
+        }
+        flags
     }
 }

@@ -69,6 +69,8 @@ VmFlags: rd wr mr mw me lo zz
     assert!(flags.contains(VmFlags::HUGETLB | VmFlags::DONT_COPY | VmFlags::DONT_EXPAND));
     assert!(mappings[1].vm_flags.unwrap().contains(VmFlags::LOCKED | VmFlags::UNKNOWN));
     assert!(parse_smaps(b"Size: 4 kB\n").is_err(), "an attribute of nothing");
+    assert_eq!(VmFlags::parse(b" lo ??"), VmFlags::LOCKED | VmFlags::LOCK_ON_FAULT, "as before Linux 6.2");
+    assert_eq!(VmFlags::parse(b" rd ??"), VmFlags::READ | VmFlags::UNKNOWN);
 }
 
 #[test]
