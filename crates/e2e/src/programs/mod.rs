@@ -13,7 +13,7 @@ pub use bash::Bash;
 pub use nginx::Nginx;
 pub use postgres::Postgres;
 pub use python::Python;
-pub use redis::{PORT as REDIS_PORT, Redis};
+pub use redis::{Client as RedisClient, PORT as REDIS_PORT, Redis};
 
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;

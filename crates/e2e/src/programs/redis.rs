@@ -132,18 +132,20 @@ fn value(key: u64) -> String {
 }
 
 /// One connection, in redis's own protocol (RESP2).
-struct Client {
+pub struct Client {
     reader: BufReader<TcpStream>,
 }
 
 impl Client {
-    fn new(stream: TcpStream) -> Self {
+    /// A client on this connection.
+    pub fn new(stream: TcpStream) -> Self {
         let _ = stream.set_read_timeout(Some(PATIENCE));
         let _ = stream.set_nodelay(true);
         Self { reader: BufReader::new(stream) }
     }
 
-    fn call(&mut self, command: &[&str]) -> Result<String> {
+    /// Sends a command and waits for its reply, as text.
+    pub fn call(&mut self, command: &[&str]) -> Result<String> {
         self.send(command)?;
         self.receive()
     }
