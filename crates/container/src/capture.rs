@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
-use limosa_engine::checkpoint::{self, Captured, TcpConnections};
+use limosa_engine::checkpoint::{self, Captured, TcpConnections, Unaccepted};
 use limosa_engine::{CaptureError, Refusal, Refusals, Report, preflight};
 use limosa_image::{Sink, WriteError};
 use serde::{Deserialize, Serialize};
@@ -42,6 +42,8 @@ pub struct Source {
     pid: i32,
     tcp: TcpConnections,
     externals: HashMap<(u64, u64), String>,
+    unaccepted: Unaccepted,
+    leaves_running: bool,
 }
 
 /// A container that is captured, and still frozen.
@@ -69,13 +71,21 @@ impl Source {
             pid,
             tcp: TcpConnections::default(),
             externals: HashMap::new(),
+            unaccepted: Unaccepted::default(),
+            leaves_running: false,
         })
     }
 
-    /// Says what is to become of its TCP connections; by default they are carried.
+    /// Says what is to become of its TCP connections (by default they are carried), and of those that it does not accept.
     #[must_use]
-    pub fn with_tcp(self, tcp: TcpConnections) -> Self {
-        Self { tcp, ..self }
+    pub fn with_connections(self, tcp: TcpConnections, unaccepted: Unaccepted) -> Self {
+        Self { tcp, unaccepted, ..self }
+    }
+
+    /// Says whether it is to run on afterwards; by default it ends.
+    #[must_use]
+    pub fn running_on(self, leaves_running: bool) -> Self {
+        Self { leaves_running, ..self }
     }
 
     /// Says which files that are not its own it may have open: keys by device and inode.
@@ -112,7 +122,13 @@ impl Source {
         };
         let mut externals = self.externals.clone();
         externals.insert((log.dev(), log.ino()), LOG_KEY.to_owned());
-        Ok(checkpoint::Options { container: true, externals, tcp: self.tcp })
+        Ok(checkpoint::Options {
+            container: true,
+            externals,
+            tcp: self.tcp,
+            unaccepted: self.unaccepted,
+            leaves_running: self.leaves_running,
+        })
     }
 
     /// Freezes it and puts everything about it into `sink`. Dropping the result lets it run on.

@@ -64,13 +64,15 @@ round_trips! {
     watchers: "watchers";
 
     pipes: "pipes";
+    inet_sockets: "sockets-inet";
     unix_sockets: "sockets-unix";
+    unix_connections_not_accepted: "sockets-unix" "silent";
     peers_of_unix_sockets: "sockets-peers";
 }
 
 refusals! {
-    inet_sockets_are_refused: "sockets-inet" [] "socket";
-    unix_sockets_are_refused: "sockets-unix" ["waiting"] "socket";
+    tcp_connections_never_accepted_are_refused: "sockets-inet" ["tcp" "waiting"] "wait in it";
+    unix_connections_with_data_never_accepted_are_refused: "sockets-unix" ["waiting"] "wait in it";
     a_descriptor_only_in_flight_is_refused: "sockets-unix" ["in-flight"] "in flight";
     io_uring_is_refused: "refused" ["io-uring"] "it is an io_uring";
     userfaultfd_is_refused: "refused" ["userfaultfd"] "it is a userfaultfd";

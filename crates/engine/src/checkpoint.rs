@@ -19,6 +19,7 @@ use limosa_puppet::{Outcome, Program, Vdso, Visit, step_out_of_stub};
 use crate::error::{CaptureError, Refusal};
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::guardian::{self, Guardian};
+use crate::listeners::{self, Listeners};
 use crate::memory::{self, SpaceAllocator};
 use crate::network::{self, Network};
 use crate::peers;
@@ -44,6 +45,20 @@ pub struct Options {
     pub externals: HashMap<(u64, u64), String>,
     /// What becomes of TCP connections.
     pub tcp: TcpConnections,
+    /// What becomes of connections that wait in listening sockets.
+    pub unaccepted: Unaccepted,
+    /// Whether the source is to run on afterwards.
+    pub leaves_running: bool,
+}
+
+/// What becomes of connections that wait in a listening socket and that its program does not accept in time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Unaccepted {
+    /// There is no checkpoint.
+    #[default]
+    Refuse,
+    /// They are not in the checkpoint. When the tree ends, peers are told.
+    Close,
 }
 
 /// What becomes of TCP connections.
@@ -62,6 +77,8 @@ pub struct Captured {
     // Dropped first: packets pass again before the tree runs.
     network: Network,
     frozen: Frozen,
+    /// Holds new connections back until the tree runs, or has ended.
+    listeners: Option<Listeners>,
     /// Whether the kernel ends and reaps all with the root, which leads a PID namespace.
     own_pid_namespace: bool,
     root: i32,
@@ -76,7 +93,7 @@ pub fn capture(
 ) -> Result<Captured, CaptureError> {
     // There are hundreds of files with settings, and hardly ever does one change: that is not worth a longer freeze.
     let settings = if options.container { settings::of_process(root)? } else { Vec::new() };
-    let frozen = report.phase("freeze", |_| Frozen::stop(root))?;
+    let (frozen, listeners) = listeners::freeze(root, options, report)?;
     let views = report.phase("look", |_| views(&frozen))?;
     report.phase("sharing", |_| -> Result<(), CaptureError> {
         refuse_sharing(&frozen)?;
@@ -91,7 +108,8 @@ pub fn capture(
     })?;
     let mut processes = report.phase("ask", |_| ask_all(&frozen, &views, &mut spaces, &mut shared))?;
     let (descriptions, network, terminals) = report.phase("descriptors", |_| {
-        capture_descriptors(&views, &mut processes, sink, &mut spaces, &mut shared, options)
+        let came_later = listeners.as_ref().is_some_and(|listeners| listeners.were_empty);
+        capture_descriptors(&views, &mut processes, sink, &mut spaces, &mut shared, options, came_later)
     })?;
     let runs = report.phase("pages", |_| sharing::survey(&views, &mut processes))?;
     report.phase("memory", |report| -> Result<(), CaptureError> {
@@ -115,13 +133,14 @@ pub fn capture(
     report.phase("state", |_| limosa_image::put(sink, TREE, &tree))?;
     let own_pid_namespace = tree.namespaces.own.iter().any(|kind| kind == "pid");
     drop(views);
-    Ok(Captured { network, frozen, own_pid_namespace, root })
+    Ok(Captured { network, frozen, listeners, own_pid_namespace, root })
 }
 
 impl Captured {
     /// Lets the tree run on.
     pub fn release(self) -> Result<(), CaptureError> {
         drop(self.network);
+        drop(self.listeners);
         self.frozen.release()
     }
 
@@ -321,6 +340,7 @@ fn capture_descriptors(
     spaces: &mut SpaceAllocator,
     shared: &mut SharedObjects,
     options: &Options,
+    came_later: bool,
 ) -> Result<(Vec<Description>, Network, Terminals), CaptureError> {
     let mut found: Vec<DescriptionView> = Vec::new();
     let mut by_inode: HashMap<(u64, u64), Vec<usize>> = HashMap::new();
@@ -365,7 +385,8 @@ fn capture_descriptors(
         ask_close_on_exec(view, body, &unclear)?;
     }
     let own_pids: HashMap<i32, i32> = views.iter().map(|view| (view.pid, view.own_pid)).collect();
-    let mut network = Network::look(views[0].pid, &found, options.tcp)?;
+    let mut network = Network::look(views[0].pid, &found, options)?;
+    network.came_later = came_later;
     network.peers = peers::ask(&found, &own_pids)?;
     let mut context = CaptureContext::new(
         sink,

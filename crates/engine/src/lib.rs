@@ -8,6 +8,7 @@ pub mod checkpoint;
 mod error;
 mod freeze;
 mod guardian;
+mod listeners;
 pub mod memory;
 pub mod network;
 mod peers;

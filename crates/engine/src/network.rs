@@ -27,7 +27,7 @@ use limosa_kernel::net::tcp_repair::{self, State};
 use limosa_kernel::net::tcp_snapshot::{self, Snapshot, SnapshotError};
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::TcpConnections;
+use crate::checkpoint::{Options, TcpConnections, Unaccepted};
 use crate::error::{CaptureError, RestoreError};
 use crate::view::DescriptionView;
 
@@ -113,6 +113,10 @@ pub struct Network {
     pub(crate) peers: HashMap<u64, i32>,
     /// What becomes of the connections.
     pub(crate) tcp: TcpConnections,
+    /// What becomes of those that wait in listening sockets.
+    pub(crate) unaccepted: Unaccepted,
+    /// TCP connections that wait now have come since the freeze: they belong to the source.
+    pub(crate) came_later: bool,
 }
 
 /// The tree's connections in one network namespace.
@@ -129,10 +133,10 @@ impl Network {
     pub(crate) fn look(
         root: i32,
         found: &[DescriptionView],
-        tcp: TcpConnections,
+        options: &Options,
     ) -> Result<Self, CaptureError> {
-        let mut network = Self { tcp, ..Self::default() };
-        if tcp == TcpConnections::Close {
+        let mut network = Self { tcp: options.tcp, unaccepted: options.unaccepted, ..Self::default() };
+        if network.tcp == TcpConnections::Close {
             return Ok(network);
         }
         let mut by_namespace: HashMap<(u64, u64), (OwnedFd, Vec<&DescriptionView>)> = HashMap::new();
@@ -189,9 +193,19 @@ impl Network {
         self.unix.get(&inode)?.name.clone()
     }
 
-    /// Whether a unix socket's connection waits in a listening one.
-    pub(crate) fn waits_to_be_accepted(&self, inode: u64) -> bool {
-        self.unix.values().any(|socket| socket.pending.contains(&inode))
+    /// Whether connections that wait to be accepted are left out.
+    pub(crate) fn closes_unaccepted(&self) -> bool {
+        self.unaccepted == Unaccepted::Close || self.tcp == TcpConnections::Close
+    }
+
+    /// The listening unix socket in which the connection of another waits.
+    pub(crate) fn waits_in(&self, inode: u64) -> Option<u64> {
+        self.unix.values().find(|socket| socket.pending.contains(&inode)).map(|socket| socket.inode)
+    }
+
+    /// Whether a listed unix socket has sent something that is not read.
+    pub(crate) fn has_sent(&self, inode: u64) -> bool {
+        self.unix.get(&inode).is_none_or(|socket| socket.send_queue > 0)
     }
 
     /// The tree has ended: its connections vanish without a packet, and stay locked for the restore. Limosa's last
@@ -212,6 +226,13 @@ impl Network {
             }
         }
     }
+}
+
+/// The refusal of a listening socket whose program does not accept.
+pub(crate) fn refuse_unaccepted(view: &DescriptionView, waiting: usize) -> CaptureError {
+    let reason = format!("{waiting} connections wait in it, and its program does not accept them");
+    let remedy = "let it accept them and try again, or give up these connections with --unaccepted close";
+    view.refuse(reason, remedy).into()
 }
 
 /// The name of the lock that a checkpoint leaves behind when it ends the tree.

@@ -33,10 +33,10 @@ const LOOKING: [&str; 8] =
 const MOMENT: Duration = Duration::from_millis(20);
 
 /// A process of the tree.
-struct Member {
+pub(crate) struct Member {
     pid: i32,
     parent: i32,
-    proc: ProcDir,
+    pub(crate) proc: ProcDir,
 }
 
 /// Looks at the tree rooted at `root`, which goes on running, and lists what a checkpoint with `options` refuses.
@@ -81,7 +81,7 @@ fn note<T>(refusals: &mut Vec<Refusal>, outcome: Result<T, CaptureError>) {
 }
 
 /// The processes of the tree, parents first.
-fn members(root: i32) -> Result<Vec<Member>, CaptureError> {
+pub(crate) fn members(root: i32) -> Result<Vec<Member>, CaptureError> {
     let mut members = vec![Member { pid: root, parent: 0, proc: ProcDir::open(root)? }];
     let mut known = HashSet::from([root]);
     let mut index = 0;

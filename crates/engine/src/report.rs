@@ -63,6 +63,13 @@ impl Report {
         result
     }
 
+    /// Gives the last phase another name, when it has turned out what it was.
+    pub(crate) fn rename_last(&mut self, name: &'static str) {
+        if let Some(phase) = self.phases.last_mut() {
+            phase.name = name;
+        }
+    }
+
     /// Microseconds since the operation started.
     pub fn elapsed_us(&self) -> u64 {
         microseconds(self.started.elapsed())

@@ -392,6 +392,26 @@ fn options_are_set_again_and_others_are_refused() {
 }
 
 #[test]
+fn new_connections_wait_for_the_lock_to_fall() {
+    in_namespace(|| {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(address).unwrap();
+            let local = listener.local_addr().unwrap();
+            let free = TcpListener::bind(address).unwrap();
+            let mut client = TcpStream::connect(local).unwrap();
+            let lock = PacketLock::new("listen", Scope::NewConnections(&[local.port()])).unwrap();
+            TcpStream::connect_timeout(&local, Duration::from_millis(100)).unwrap_err();
+            // What is there goes on, and so do other ports.
+            client.write_all(b"x").unwrap();
+            listener.accept().unwrap().0.read_exact(&mut [0]).unwrap();
+            TcpStream::connect(free.local_addr().unwrap()).unwrap();
+            drop(lock);
+            TcpStream::connect(local).unwrap();
+        }
+    });
+}
+
+#[test]
 fn diag_lists_what_is_there() {
     in_namespace(|| {
         let (client, server) = connected("127.0.0.1:0");

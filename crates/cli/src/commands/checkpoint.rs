@@ -9,7 +9,7 @@ use std::str::FromStr;
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use limosa_container::{CapturedContainer, Name, Source};
-use limosa_engine::checkpoint::{Captured, TcpConnections};
+use limosa_engine::checkpoint::{Captured, TcpConnections, Unaccepted};
 use limosa_engine::{Refusals, Report, Times, checkpoint, preflight};
 use limosa_image::{CheckpointWriter, Committed, Meta};
 use serde::Serialize;
@@ -64,6 +64,11 @@ pub struct Checkpoint {
     #[arg(long, value_enum, value_name = "HOW", default_value = "established")]
     tcp: Tcp,
 
+    /// What becomes of connections that wait in listening sockets, if the program does not accept them within a second:
+    /// there is no checkpoint, or they are closed.
+    #[arg(long, value_enum, value_name = "HOW", default_value = "refuse")]
+    unaccepted: NotAccepted,
+
     /// A file outside the mounts of the process tree or container that it may have open; restore needs the same KEY. May
     /// be given several times.
     #[arg(long, value_name = "KEY=PATH", value_parser = super::key_and_path)]
@@ -87,6 +92,24 @@ impl From<Tcp> for TcpConnections {
         match tcp {
             Tcp::Established => Self::Established,
             Tcp::Close => Self::Close,
+        }
+    }
+}
+
+/// The values of `--unaccepted`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum NotAccepted {
+    /// No checkpoint is made.
+    Refuse,
+    /// Not carried: who made them is told when the source ends.
+    Close,
+}
+
+impl From<NotAccepted> for Unaccepted {
+    fn from(unaccepted: NotAccepted) -> Self {
+        match unaccepted {
+            NotAccepted::Refuse => Self::Refuse,
+            NotAccepted::Close => Self::Close,
         }
     }
 }
@@ -160,7 +183,13 @@ impl Checkpoint {
             return Err(anyhow::anyhow!("there is no process {root}").into());
         }
         let externals = self.externals()?;
-        let options = checkpoint::Options { container: false, externals, tcp: self.tcp.into() };
+        let options = checkpoint::Options {
+            container: false,
+            externals,
+            tcp: self.tcp.into(),
+            unaccepted: self.unaccepted.into(),
+            leaves_running: self.leave_running,
+        };
         Refusals::check(report.phase("pre-flight", |_| preflight::look(root, &options))?)?;
         let signals = watched::hold_back();
         let mut writer = self.writer()?;
@@ -177,8 +206,10 @@ impl Checkpoint {
         report: &mut Report,
     ) -> Result<(Committed, u64), Failure> {
         let registry = context.registry();
-        let source = Source::find(&registry, name)?;
-        let source = source.with_tcp(self.tcp.into()).with_externals(self.externals()?);
+        let source = Source::find(&registry, name)?
+            .with_connections(self.tcp.into(), self.unaccepted.into())
+            .running_on(self.leave_running)
+            .with_externals(self.externals()?);
         report.phase("pre-flight", |_| source.refuse_early(&registry))?;
         let signals = watched::hold_back();
         let mut writer = self.writer()?;

@@ -4,9 +4,9 @@
 //! is sent until the tree starts. Which of the half-closed states come back, and how, is told in
 //! `limosa_kernel::net::tcp_rebuild`.
 //!
-//! A connection that waits in a listening socket and was not accepted has no descriptor, and taking it out to look at
-//! it could not be undone if Limosa were killed: a listening socket with such connections is refused.
-//! The remedy is to try again, as a live server accepts them at once.
+//! A connection that waits in a listening socket and was not accepted has no descriptor. The freeze waits until the
+//! program has accepted it (see `crate::listeners`); if it does not, the socket is refused, or comes back without
+//! the connection.
 //!
 //! A closed socket that was connected once comes back as a new one (reading it gives `ENOTCONN` instead of the end of
 //! the stream). Refused: unread urgent data, kTLS and other upper layers, unread data of a closed connection.
@@ -166,7 +166,7 @@ impl DescriptorKind for Tcp {
                 return Err(view.refuse(error.to_string(), "let the connection come to rest and try again").into());
             }
             None if context.network.tcp == TcpConnections::Close && is_connected(view)? => Role::Idle { local: None },
-            None => unconnected(view)?,
+            None => unconnected(view, context)?,
         };
         Ok(Self { ipv6, options, role })
     }
@@ -187,14 +187,15 @@ fn is_connected(view: &DescriptionView) -> Result<bool, CaptureError> {
 }
 
 /// A socket that has no connection.
-fn unconnected(view: &DescriptionView) -> Result<Role, CaptureError> {
+fn unconnected(view: &DescriptionView, context: &CaptureContext) -> Result<Role, CaptureError> {
     let fd = view.descriptor.as_fd();
     let info = tcp_repair::info(fd)?;
     let local = tcp_snapshot::local_address(fd)?;
     match info.state {
-        State::Listen if info.unacked > 0 => {
-            let reason = format!("{} connections wait in it and are not accepted yet", info.unacked);
-            Err(view.refuse(reason, "try again; a live server accepts them at once").into())
+        State::Listen
+            if info.unacked > 0 && !context.network.closes_unaccepted() && !context.network.came_later =>
+        {
+            Err(network::refuse_unaccepted(view, info.unacked as usize))
         }
         State::Listen => Ok(Role::Listening { local: local.into(), backlog: info.sacked }),
         State::Close => {

@@ -18,7 +18,9 @@
 //! table inet limosa-NAME (owner)
 //!   set  four { ipv4 address . port . ipv4 address . port }      local, then remote
 //!   set  six  { ipv6 address . port . ipv6 address . port }
+//!   set  ports { port }
 //!   chain in   hook input  priority -350:  mark = ours accept;  saddr… @four, @six drop   (or: drop)
+//!                                          (or: tcp flags & (syn | ack) = syn, dport @ports drop)
 //!   chain out  hook output priority -350:  the same, seen from the other side
 //! ```
 //! Format of the messages: `include/uapi/linux/netfilter/{nfnetlink,nf_tables}.h`.
@@ -49,6 +51,8 @@ const OURS: &str = "limosa-";
 const INET: u8 = 1;
 /// First of the 4-byte registers.
 const REGISTER: u32 = 8;
+/// A netlink attribute holds 64 KiB; an element takes less than 80 bytes.
+const ELEMENTS: usize = 500;
 
 /// Which packets are dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +61,8 @@ pub enum Scope<'a> {
     Namespace,
     /// TCP segments of these connections, as (local, remote): for processes in the host's namespace.
     Connections(&'a [(SocketAddr, SocketAddr)]),
+    /// The first TCP segments (`SYN`) of new connections to these local ports: whoever connects tries again later.
+    NewConnections(&'a [u16]),
 }
 
 /// Packets are dropped as long as this exists, and no longer.
@@ -235,6 +241,7 @@ fn create(netlink: &mut Netlink, table: &str, scope: Scope<'_>, lifetime: Lifeti
                 keyed(&mut batch, table, version, connections, lifetime)?;
             }
         }
+        Scope::NewConnections(ports) => handshakes(&mut batch, table, ports, lifetime),
     }
     batch.commit().map_err(|error| Error::new("creating an nf_tables table", table, error.source))
 }
@@ -276,9 +283,6 @@ fn keyed(
     connections: &[(SocketAddr, SocketAddr)],
     lifetime: Lifetime,
 ) -> Result<()> {
-    const WITH_TIMEOUT: u32 = 0x10;
-    /// A netlink attribute holds 64 KiB; an element takes less than 80 bytes.
-    const ELEMENTS: usize = 500;
     let keys: Vec<Vec<u8>> = connections
         .iter()
         .filter_map(|(local, remote)| key(version, *local, *remote).transpose())
@@ -287,27 +291,8 @@ fn keyed(
         return Ok(());
     }
     let (address, source, destination) = version.layout();
-    batch.add(NEWSET, netlink::CREATE, |message| {
-        message.text(1, table);
-        message.text(2, version.set());
-        message.number(3, if matches!(lifetime, Lifetime::Timeout(_)) { WITH_TIMEOUT } else { 0 });
-        message.number(4, version.key_type());
-        message.number(5, 2 * address + 8);
-        // An identification within the batch, so that rules find the set before it is committed.
-        message.number(10, u32::from(version.protocol()));
-    });
-    for chunk in keys.chunks(ELEMENTS) {
-        batch.add(NEWSETELEM, netlink::CREATE, |message| {
-            message.text(1, table);
-            message.text(2, version.set());
-            message.number(4, u32::from(version.protocol()));
-            message.nested(3, |message| {
-                for key in chunk {
-                    element(message, key, lifetime);
-                }
-            });
-        });
-    }
+    let (id, name) = (u32::from(version.protocol()), version.set());
+    set(batch, table, (name, id), (version.key_type(), 2 * address + 8), &keys, lifetime);
     // (chain, where the local address stands, its port, the remote address, its port)
     for (chain, local, local_port, remote, remote_port) in
         [("in", destination, 2, source, 0), ("out", source, 0, destination, 2)]
@@ -322,15 +307,67 @@ fn keyed(
             payload(message, REGISTER + words, 2, local_port, 2);
             payload(message, REGISTER + words + 1, 1, remote, address);
             payload(message, REGISTER + 2 * words + 1, 2, remote_port, 2);
-            expression(message, "lookup", |message| {
-                message.text(1, version.set());
-                message.number(2, REGISTER);
-                message.number(4, u32::from(version.protocol()));
-            });
+            lookup(message, (name, id));
             verdict(message, 0);
         });
     }
     Ok(())
+}
+
+/// The set of ports, and the rule that looks up where a `SYN` goes.
+fn handshakes(batch: &mut Batch<'_>, table: &str, ports: &[u16], lifetime: Lifetime) {
+    const PORTS: (&str, u32) = ("ports", 1);
+    /// The type of the set as the `nft` program shows it: service.
+    const SERVICE: u32 = 13;
+    const SYN: u8 = 2;
+    const ACK: u8 = 16;
+    let keys: Vec<Vec<u8>> = ports.iter().map(|port| port.to_be_bytes().to_vec()).collect();
+    if keys.is_empty() {
+        return;
+    }
+    set(batch, table, PORTS, (SERVICE, 2), &keys, lifetime);
+    rule(batch, table, "in", |message| {
+        meta(message, 16);
+        compare(message, &[libc::IPPROTO_TCP as u8]);
+        payload(message, REGISTER, 2, 13, 1);
+        mask(message, SYN | ACK);
+        compare(message, &[SYN]);
+        payload(message, REGISTER, 2, 2, 2);
+        lookup(message, PORTS);
+        verdict(message, 0);
+    });
+}
+
+/// A set of that name, which has `id` within the batch, so that rules find it before it is committed.
+fn set(
+    batch: &mut Batch<'_>,
+    table: &str,
+    (name, id): (&str, u32),
+    (key_type, key_length): (u32, u32),
+    keys: &[Vec<u8>],
+    lifetime: Lifetime,
+) {
+    const WITH_TIMEOUT: u32 = 0x10;
+    batch.add(NEWSET, netlink::CREATE, |message| {
+        message.text(1, table);
+        message.text(2, name);
+        message.number(3, if matches!(lifetime, Lifetime::Timeout(_)) { WITH_TIMEOUT } else { 0 });
+        message.number(4, key_type);
+        message.number(5, key_length);
+        message.number(10, id);
+    });
+    for chunk in keys.chunks(ELEMENTS) {
+        batch.add(NEWSETELEM, netlink::CREATE, |message| {
+            message.text(1, table);
+            message.text(2, name);
+            message.number(4, id);
+            message.nested(3, |message| {
+                for key in chunk {
+                    element(message, key, lifetime);
+                }
+            });
+        });
+    }
 }
 
 fn element(message: &mut Builder, key: &[u8], lifetime: Lifetime) {
@@ -393,6 +430,26 @@ fn compare(message: &mut Builder, value: &[u8]) {
         message.number(1, REGISTER);
         message.number(2, 0);
         message.nested(3, |message| message.attribute(1, value));
+    });
+}
+
+/// Goes on with the rule if what the first registers hold is in the set.
+fn lookup(message: &mut Builder, (name, id): (&str, u32)) {
+    expression(message, "lookup", |message| {
+        message.text(1, name);
+        message.number(2, REGISTER);
+        message.number(4, id);
+    });
+}
+
+/// Keeps some bits of the first register's first byte.
+fn mask(message: &mut Builder, bits: u8) {
+    expression(message, "bitwise", |message| {
+        message.number(1, REGISTER);
+        message.number(2, REGISTER);
+        message.number(3, 1);
+        message.nested(4, |message| message.attribute(1, &[bits]));
+        message.nested(5, |message| message.attribute(1, &[0]));
     });
 }
 

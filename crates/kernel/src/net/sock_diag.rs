@@ -15,6 +15,9 @@ const SOCK_DIAG_BY_FAMILY: u16 = 20;
 /// Number of the protocol among netlink's.
 const NETLINK_SOCK_DIAG: i32 = 4;
 
+/// A set of states that consists of `LISTEN` alone.
+const LISTEN: u32 = 1 << 10;
+
 /// A TCP or UDP socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InetSocket {
@@ -119,8 +122,17 @@ impl Diag {
     /// every state but `TIME_WAIT`, which belongs to no process.
     pub fn inet(&mut self, family: i32, protocol: i32) -> Result<Vec<InetSocket>> {
         const TIME_WAIT: u32 = 1 << 6;
+        self.inet_in(!TIME_WAIT, family, protocol)
+    }
+
+    /// All listening TCP sockets of a family.
+    pub fn tcp_listeners(&mut self, family: i32) -> Result<Vec<InetSocket>> {
+        self.inet_in(LISTEN, family, libc::IPPROTO_TCP)
+    }
+
+    fn inet_in(&mut self, states: u32, family: i32, protocol: i32) -> Result<Vec<InetSocket>> {
         let mut request = vec![family as u8, protocol as u8, 0, 0];
-        request.extend((!TIME_WAIT).to_ne_bytes());
+        request.extend(states.to_ne_bytes());
         request.extend([0; 40]);
         // No cookie.
         request.extend([0xFF; 8]);

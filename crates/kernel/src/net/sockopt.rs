@@ -60,6 +60,8 @@ enum Family {
     Inet6,
     Tcp,
     Udp,
+    /// UDP over IPv6.
+    Udp6,
     Unix,
 }
 
@@ -83,7 +85,7 @@ const fn known(
     Known { level, name, label, family, shape, phase }
 }
 
-use Family::{Any, Inet, Inet6, Tcp, Udp, Unix};
+use Family::{Any, Inet, Inet6, Tcp, Udp, Udp6, Unix};
 use Phase::{BeforeBind, Last};
 use Shape::{Algorithm, Buffer, Bytes, Int, Text};
 
@@ -156,8 +158,8 @@ static TABLE: &[Known] = &[
     known(IP6, libc::IPV6_RECVPKTINFO, "IPV6_RECVPKTINFO", Inet6, Int(0), Last),
     known(IP6, libc::IPV6_RECVHOPLIMIT, "IPV6_RECVHOPLIMIT", Inet6, Int(0), Last),
     known(IP6, libc::IPV6_RECVTCLASS, "IPV6_RECVTCLASS", Inet6, Int(0), Last),
-    known(IP6, libc::IPV6_MULTICAST_HOPS, "IPV6_MULTICAST_HOPS", Inet6, Int(1), Last),
-    known(IP6, libc::IPV6_MULTICAST_LOOP, "IPV6_MULTICAST_LOOP", Inet6, Int(1), Last),
+    known(IP6, libc::IPV6_MULTICAST_HOPS, "IPV6_MULTICAST_HOPS", Udp6, Int(1), Last),
+    known(IP6, libc::IPV6_MULTICAST_LOOP, "IPV6_MULTICAST_LOOP", Udp6, Int(1), Last),
     known(TCP, libc::TCP_CONGESTION, "TCP_CONGESTION", Tcp, Algorithm, BeforeBind),
     known(TCP, libc::TCP_NODELAY, "TCP_NODELAY", Tcp, Int(0), Last),
     known(TCP, libc::TCP_CORK, "TCP_CORK", Tcp, Int(0), Last),
@@ -189,6 +191,7 @@ impl Known {
             Inet6 => kind.domain == libc::AF_INET6,
             Tcp => inet && kind.protocol == libc::IPPROTO_TCP,
             Udp => inet && kind.protocol == libc::IPPROTO_UDP,
+            Udp6 => kind.domain == libc::AF_INET6 && kind.protocol == libc::IPPROTO_UDP,
             Unix => kind.domain == libc::AF_UNIX,
         }
     }

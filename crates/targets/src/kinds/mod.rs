@@ -19,6 +19,7 @@ mod pipes;
 mod refused;
 mod registers;
 mod seccomp;
+mod server;
 mod signals;
 mod sleeps;
 mod sockets_inet;
@@ -68,6 +69,7 @@ const KINDS: &[(&str, SetUp)] = &[
     ("refused", refused::set_up),
     ("registers", registers::set_up),
     ("seccomp", seccomp::set_up),
+    ("server", server::set_up),
     ("signals", signals::set_up),
     ("sleeps", sleeps::set_up),
     ("sockets-inet", sockets_inet::set_up),

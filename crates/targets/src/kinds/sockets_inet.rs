@@ -1,5 +1,6 @@
-//! TCP and UDP sockets within one tree, over IPv4 and IPv6: listening, established with both queues filled, half closed,
-//! waiting to be accepted; options; UDP sockets bound and connected. With an option, `tcp` or `udp`, only those.
+//! TCP and UDP sockets within one tree, over IPv4 and IPv6: listening, established with both queues filled, half closed;
+//! options; UDP sockets bound and connected. With an option, `tcp` or `udp`, only those; with `waiting`, TCP connections
+//! that have data and wait to be accepted.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -17,11 +18,12 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
     let wanted =
         |kind: &str| setting.options.is_empty() || setting.options.iter().any(|option| option == kind);
+    let waiting = setting.options.iter().any(|option| option == "waiting");
     let mut tcp = Vec::new();
     let mut udp = Vec::new();
     for address in LOOPBACK {
         if wanted("tcp") {
-            tcp.push(Tcp::start(address).with_context(|| format!("TCP on {address}"))?);
+            tcp.push(Tcp::start(address, waiting).with_context(|| format!("TCP on {address}"))?);
         }
         if wanted("udp") {
             udp.push(Udp::start(address).with_context(|| format!("UDP on {address}"))?);
@@ -43,12 +45,12 @@ struct Tcp {
     listener: TcpListener,
     established: (TcpStream, TcpStream),
     half_closed: (TcpStream, TcpStream),
-    waiting: TcpStream,
+    waiting: Option<TcpStream>,
     described: String,
 }
 
 impl Tcp {
-    fn start(address: IpAddr) -> Result<Self> {
+    fn start(address: IpAddr, waiting: bool) -> Result<Self> {
         let listener = TcpListener::bind((address, 0))?;
         let address = listener.local_addr()?;
         let established = pair(&listener)?;
@@ -58,7 +60,7 @@ impl Tcp {
         sockopt::set_socket_recv_buffer_size(&established.1, 200_000)?;
         let half_closed = pair(&listener)?;
         half_closed.0.shutdown(Shutdown::Write)?;
-        let waiting = connect_and_write(address)?;
+        let waiting = if waiting { Some(connect_and_write(address)?) } else { None };
         let mut tcp = Self { address, listener, established, half_closed, waiting, described: String::new() };
         tcp.fill()?;
         tcp.described = tcp.describe()?;
@@ -88,14 +90,21 @@ impl Tcp {
         let refused = self.half_closed.0.write(b"x").map_err(|error| error.kind());
         ensure!(refused == Err(ErrorKind::BrokenPipe), "the half-closed connection takes data: {refused:?}");
 
+        if let Some(waiting) = self.waiting.take() {
+            self.accept(&waiting)?;
+            self.waiting = Some(connect_and_write(self.address)?);
+        }
+        self.fill()
+    }
+
+    fn accept(&self, waiting: &TcpStream) -> Result<()> {
         let (mut accepted, from) = self.listener.accept()?;
-        ensure!(from == self.waiting.local_addr()?, "the waiting connection came from {from}");
+        ensure!(from == waiting.local_addr()?, "the waiting connection came from {from}");
         let mut bytes = [0; 13];
         accepted.set_read_timeout(Some(PATIENCE))?;
         accepted.read_exact(&mut bytes)?;
         ensure!(&bytes == b"before accept", "what was sent before accept is lost");
-        self.waiting = connect_and_write(self.address)?;
-        self.fill()
+        Ok(())
     }
 
     fn describe(&self) -> Result<String> {

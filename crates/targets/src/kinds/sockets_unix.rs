@@ -1,5 +1,5 @@
 //! Unix sockets: pairs of the three types with data queued, listening ones, descriptors in flight, names, options. With the
-//! option `waiting`, a connection that has data and waits to be accepted; with `in-flight`, a descriptor that nobody else has.
+//! option `waiting`, a connection that has data and waits to be accepted; with `silent`, two that have none; with `in-flight`, a descriptor that nobody else has.
 
 use std::fs;
 use std::io::{IoSlice, IoSliceMut, PipeReader, PipeWriter, Read, Write};
@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::net::{AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer};
@@ -25,6 +26,7 @@ struct State {
     listener: UnixListener,
     listener_path: PathBuf,
     waiting: Option<UnixStream>,
+    silent: Vec<UnixStream>,
     abstract_listener: UnixListener,
     abstract_name: SocketAddr,
     bound: UnixDatagram,
@@ -65,13 +67,13 @@ pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
     let sender = UnixDatagram::bind(&sender_path)?;
     sender.connect(&bound_path)?;
     let (pipe, _) = std::io::pipe()?;
-    let wanted = setting.options.iter().any(|option| option == "waiting");
+    let wanted = |what: &str| setting.options.iter().any(|option| option == what);
     let mut state = State {
         stream,
         datagrams: UnixDatagram::pair()?,
         packets,
         half_closed,
-        waiting: if wanted { Some(connect_and_write(&listener_path)?) } else { None },
+        waiting: if wanted("waiting") { Some(connect_and_write(&listener_path)?) } else { None },
         listener,
         listener_path,
         abstract_listener,
@@ -82,8 +84,13 @@ pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
         carrier: UnixStream::pair()?,
         pipe,
         also: None,
-        only_in_flight: setting.options.iter().any(|option| option == "in-flight"),
+        only_in_flight: wanted("in-flight"),
+        silent: Vec::new(),
     };
+    if wanted("silent") {
+        state.silent =
+            vec![UnixStream::connect(&state.listener_path)?, UnixStream::connect(&state.listener_path)?];
+    }
     state.fill()?;
     let options = state.options()?;
     Ok(Box::new(move || {
@@ -177,6 +184,17 @@ impl State {
             accepted.write_all(b"after")?;
             waiting.read_exact(&mut bytes[..5])?;
             self.waiting = Some(connect_and_write(&self.listener_path)?);
+        }
+        for (silent, byte) in self.silent.iter_mut().zip([*b"1", *b"2"]) {
+            // Each in its place: the next is accepted when this one has spoken.
+            silent.write_all(&byte)?;
+            let mut accepted = self.listener.accept()?.0;
+            accepted.set_read_timeout(Some(Duration::from_secs(5)))?;
+            accepted.read_exact(&mut bytes[..1]).context("reading from a connection that waited")?;
+            ensure!(bytes[..1] == byte, "connections were accepted out of order");
+            let peer = sockopt::socket_peercred(&accepted)?.pid;
+            ensure!(peer == rustix::process::getpid(), "a connection that waited is from process {peer}");
+            *silent = UnixStream::connect(&self.listener_path)?;
         }
         let mut client = UnixStream::connect_addr(&self.abstract_name).context("the abstract name")?;
         client.write_all(b"x")?;

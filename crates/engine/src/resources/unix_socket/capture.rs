@@ -55,30 +55,62 @@ fn role(
     kind: Kind,
     context: &mut CaptureContext,
 ) -> Result<Role, CaptureError> {
-    let again = "try again; a live server accepts them at once";
     if listed.state == LISTEN {
-        if !listed.pending.is_empty() {
-            let reason = format!("{} connections wait in it and are not accepted yet", listed.pending.len());
-            return Err(view.refuse(reason, again).into());
-        }
-        return Ok(Role::Listening { backlog: listed.send_queue });
+        let pending = pending(view, listed, context)?;
+        return Ok(Role::Listening { backlog: listed.send_queue, pending });
     }
+    let in_tree =
+        |inode| context.descriptions.iter().any(|other| other.stat.st_ino == inode && network::kind(other).is_some());
+    let outside = |what: String| {
+        view.refuse(what, "checkpoint both processes together, or close the connection").into()
+    };
     let Some(peer) = listed.peer else {
-        if context.network.waits_to_be_accepted(view.stat.st_ino) {
-            return Err(view.refuse("its connection is not accepted yet", again).into());
+        match context.network.waits_in(view.stat.st_ino) {
+            Some(_) if context.network.closes_unaccepted() => return Ok(Role::Orphaned),
+            Some(listener) if in_tree(listener) => return Ok(Role::Waiting { by: Some(holder(view)) }),
+            Some(listener) => {
+                return Err(outside(format!("a process outside the tree is to accept its connection (socket {listener})")));
+            }
+            None => {}
         }
         let connected = listed.state == ESTABLISHED && kind != Kind::Datagram;
         return Ok(if connected { Role::Orphaned } else { Role::Idle });
     };
-    if context.descriptions.iter().any(|other| other.stat.st_ino == peer && network::kind(other).is_some()) {
+    if in_tree(peer) {
         return Ok(Role::Connected { peer });
     }
     match (kind, context.network.unix_name(peer)) {
         (Kind::Datagram, Some(name)) => Ok(Role::ToName { name: name.into() }),
-        _ => {
-            let reason = format!("it is connected to a process outside the tree (socket {peer})");
-            Err(view.refuse(reason, "checkpoint both processes together, or close the connection").into())
-        }
+        _ => Err(outside(format!("it is connected to a process outside the tree (socket {peer})"))),
+    }
+}
+
+/// The sockets whose connections wait in a listening one. What they have sent lies in sockets that have no descriptor
+/// yet: only those that have sent nothing can be carried.
+fn pending(
+    view: &DescriptionView,
+    listed: &sock_diag::UnixSocket,
+    context: &CaptureContext,
+) -> Result<Vec<u64>, CaptureError> {
+    if context.network.closes_unaccepted() {
+        return Ok(Vec::new());
+    }
+    let is_carried = |inode: &u64| {
+        context.descriptions.iter().any(|other| other.stat.st_ino == *inode && network::kind(other).is_some())
+            && !context.network.has_sent(*inode)
+    };
+    let lost = listed.pending.iter().filter(|inode| !is_carried(inode)).count();
+    if lost > 0 { Err(network::refuse_unaccepted(view, lost)) } else { Ok(listed.pending.clone()) }
+}
+
+/// Who has the socket: as a rule, who connected it.
+fn holder(view: &DescriptionView) -> Identity {
+    let status = &view.process.status;
+    Identity {
+        pid: view.process.own_pid,
+        uid: status.uid.effective,
+        gid: status.gid.effective,
+        groups: status.groups.clone(),
     }
 }
 

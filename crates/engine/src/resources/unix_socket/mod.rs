@@ -4,9 +4,13 @@
 //! Sockets refer to each other, by names and by being connected, so they are rebuilt together, when every other description
 //! exists: until then a placeholder stands for each (see [`rebuild::assemble`]).
 //!
+//! A connection that waits to be accepted comes back in its place in the listening socket, unless something was sent over
+//! it: that lies in a socket without a descriptor, where it cannot be read. The freeze waits for it to be accepted
+//! (see `crate::listeners`). Whoever accepts it sees as its peer the process that holds the connected socket.
+//!
 //! Refused: a connection to a process outside the tree (but a datagram socket connected to a name is connected to
-//! it again, as to `/dev/log`); connections not yet accepted, which cannot be read without accepting them; a descriptor in
-//! flight that no process of the tree has open.
+//! it again, as to `/dev/log`); connections not accepted that have data; a descriptor in flight that no process of the
+//! tree has open.
 //!
 //! Peer credentials (`SO_PEERCRED`) come back as `crate::restore::Makers` tells. Credentials of queued messages
 //! (`SCM_CREDENTIALS`) come back where the socket asks for them (`SO_PASSCRED`); of a sender that has ended, without its
@@ -23,6 +27,7 @@ use crate::network::{self, OptionState};
 use crate::view::DescriptionView;
 
 mod capture;
+mod names;
 pub(crate) mod rebuild;
 
 /// A unix socket.
@@ -120,6 +125,14 @@ pub enum Role {
     Listening {
         /// The limit of connections not yet accepted.
         backlog: u32,
+        /// The inode numbers of the [`Role::Waiting`] sockets whose connections are not accepted yet, oldest first.
+        #[serde(default)]
+        pending: Vec<u64>,
+    },
+    /// Connected to a listening socket, and not accepted yet.
+    Waiting {
+        /// Who connected it, as far as is known.
+        by: Option<Identity>,
     },
     /// Connected to another socket of the tree. A datagram socket's peer need not be connected to it.
     Connected {

@@ -7,17 +7,18 @@
 use std::collections::HashMap;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use limosa_kernel::net::sockopt::{self, Phase};
 use limosa_kernel::net::raw;
-use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, Uid};
+use rustix::fs::{Gid, Uid};
 use rustix::process::Pid;
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, UCred,
 };
 
-use super::{Kind, Message, Name, Role, SocketFile, UnixSocket};
+use super::names::{address, address_below, bind};
+use super::{Identity, Kind, Message, Name, Role, UnixSocket};
 use crate::error::RestoreError;
 use crate::network;
 use crate::restore::{Goal, Makers};
@@ -26,7 +27,7 @@ const KIND: &str = "unix socket";
 /// `SCM_MAX_FD`.
 const MOST_RIGHTS: usize = 253;
 
-fn fail(step: &'static str) -> impl FnOnce(rustix::io::Errno) -> RestoreError {
+pub(super) fn fail(step: &'static str) -> impl FnOnce(rustix::io::Errno) -> RestoreError {
     RestoreError::rebuild(KIND, step)
 }
 
@@ -41,12 +42,16 @@ pub(crate) fn assemble(
 ) -> Result<HashMap<usize, OwnedFd>, RestoreError> {
     let mut assembly = Assembly { sockets, made: HashMap::new(), root, pids, makers };
     for (_, socket) in sockets {
-        if !matches!(socket.role, Role::Connected { .. } | Role::Orphaned) || socket.kind == Kind::Datagram {
+        if !matches!(socket.role, Role::Connected { .. } | Role::Orphaned | Role::Waiting { .. })
+            || socket.kind == Kind::Datagram {
             assembly.place(socket)?;
         }
     }
     for (_, socket) in sockets {
         assembly.connect(socket)?;
+    }
+    for (_, socket) in sockets {
+        assembly.queue_up(socket)?;
     }
     // The sockets have their final descriptors: those in flight may be such sockets themselves.
     for (_, socket) in sockets {
@@ -92,7 +97,7 @@ impl<'a> Assembly<'a, '_> {
         if let Some(name) = &socket.name {
             bind(&made, name, socket.file.as_ref(), self.root)?;
         }
-        if let Role::Listening { backlog } = socket.role {
+        if let Role::Listening { backlog, .. } = socket.role {
             self.makers.listen(socket.peer.as_ref(), &made, backlog)?;
         }
         self.made.insert(socket.inode, made);
@@ -101,7 +106,7 @@ impl<'a> Assembly<'a, '_> {
 
     fn connect(&mut self, socket: &UnixSocket) -> Result<(), RestoreError> {
         match &socket.role {
-            Role::Idle | Role::Listening { .. } => Ok(()),
+            Role::Idle | Role::Listening { .. } | Role::Waiting { .. } => Ok(()),
             Role::ToName { name } => {
                 // Whoever has the name may be gone; then the application learns it at its next send.
                 let address = address_below(name, self.root)?;
@@ -157,22 +162,22 @@ impl<'a> Assembly<'a, '_> {
         let one_accepted =
             self.listener_of(one).is_some() || (two.name.is_none() && self.listener_of(two).is_none());
         let (client, server) = if one_accepted { (two, one) } else { (one, two) };
-        let made = new(client.kind)?;
-        before_bind(&made, client)?;
-        if let Some(name) = &client.name {
-            bind(&made, name, client.file.as_ref(), self.root)?;
-        }
+        let made = self.client(client)?;
         let Some(name) = &server.name else {
             return Err(RestoreError::inconsistent("an accepted unix socket without a name"));
         };
         let accepted = match self.listener_of(server) {
-            Some(listener) => self.meet_at(listener, &made, client, server)?,
+            Some(listener) => {
+                self.connect_to(listener, &made, client, server.peer.as_ref())?;
+                accept(self.get(listener.inode)?)?
+            }
             None => {
                 // Its listener is gone; another of that name accepts once.
                 let listener = new(server.kind)?;
                 bind(&listener, name, None, self.root)?;
                 self.makers.listen(client.peer.as_ref(), &listener, 1)?;
-                meet(self.makers, &made, server, &listener)?
+                reach(self.makers, &made, server.peer.as_ref(), server.name.as_ref(), &listener)?;
+                accept(&listener)?
             }
         };
         before_bind(&accepted, server)?;
@@ -187,31 +192,57 @@ impl<'a> Assembly<'a, '_> {
         self.sockets.iter().find(is).map(|(_, listener)| *listener)
     }
 
-    /// Connects and accepts by a listener of the tree. Those that connect see who listens at that moment, and
-    /// that may have been another then.
-    fn meet_at(
+    /// Connects by a listener of the tree. Those that connect see who listens at that moment, and that may have been
+    /// another then.
+    fn connect_to(
         &mut self,
         listener: &UnixSocket,
         made: &OwnedFd,
         client: &UnixSocket,
-        server: &UnixSocket,
-    ) -> Result<OwnedFd, RestoreError> {
+        by: Option<&Identity>,
+    ) -> Result<(), RestoreError> {
         let socket = self
             .made
             .get(&listener.inode)
             .ok_or_else(|| RestoreError::inconsistent("a listening unix socket is missing"))?;
-        let Role::Listening { backlog } = listener.role else {
+        let Role::Listening { backlog, .. } = listener.role else {
             return Err(RestoreError::inconsistent("a unix socket that does not listen has accepted"));
         };
         let another = client.peer.as_ref().filter(|peer| Some(*peer) != listener.peer.as_ref());
         if another.is_some() {
             self.makers.listen(another, socket, backlog)?;
         }
-        let accepted = meet(self.makers, made, server, socket)?;
+        reach(self.makers, made, by, listener.name.as_ref(), socket)?;
         if another.is_some() {
             self.makers.listen(listener.peer.as_ref(), socket, backlog)?;
         }
-        Ok(accepted)
+        Ok(())
+    }
+
+    /// A socket that is going to connect: it does not wait where there is no room.
+    fn client(&self, client: &UnixSocket) -> Result<OwnedFd, RestoreError> {
+        let made = new(client.kind)?;
+        rustix::io::ioctl_fionbio(&made, true).map_err(fail("ioctl(FIONBIO)"))?;
+        before_bind(&made, client)?;
+        if let Some(name) = &client.name {
+            bind(&made, name, client.file.as_ref(), self.root)?;
+        }
+        Ok(made)
+    }
+
+    /// Makes the connections that wait in a listening socket.
+    fn queue_up(&mut self, listener: &UnixSocket) -> Result<(), RestoreError> {
+        let Role::Listening { pending, .. } = &listener.role else { return Ok(()) };
+        for inode in pending {
+            let waiting = self.by_inode(*inode).filter(|socket| socket.kind == listener.kind);
+            let Some((client, Role::Waiting { by })) = waiting.map(|socket| (socket, &socket.role)) else {
+                return Err(RestoreError::inconsistent(format!("unix socket {inode} does not wait")));
+            };
+            let made = self.client(client)?;
+            self.connect_to(listener, &made, client, by.as_ref())?;
+            self.made.insert(*inode, made);
+        }
+        Ok(())
     }
 
     /// Sends a socket what it has not read.
@@ -353,121 +384,33 @@ fn enlarge(sender: &OwnedFd, queue: &[Message]) -> Result<(), RestoreError> {
         .map_err(fail("setsockopt(SO_SNDBUFFORCE)"))
 }
 
-/// The address under which a bound socket that we have can be reached, whatever root its path is meant below.
-fn address(name: &Name, bound: &OwnedFd) -> Result<(SocketAddrUnix, Option<OwnedFd>), RestoreError> {
-    match name {
-        Name::Abstract(name) => {
-            Ok((SocketAddrUnix::new_abstract_name(name).map_err(fail("making an address"))?, None))
-        }
-        Name::Path(_) => {
-            let file = raw::unix_file(bound)?;
-            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-            Ok((SocketAddrUnix::new(path).map_err(fail("making an address"))?, Some(file)))
-        }
-    }
-}
-
-/// The same for a name of somebody else.
-fn address_below(
-    name: &Name,
-    root: BorrowedFd<'_>,
-) -> Result<(SocketAddrUnix, Option<OwnedFd>), RestoreError> {
-    use rustix::fs::{OFlags, ResolveFlags, openat2};
-    match name {
-        Name::Abstract(name) => {
-            Ok((SocketAddrUnix::new_abstract_name(name).map_err(fail("making an address"))?, None))
-        }
-        Name::Path(path) => {
-            let flags = OFlags::PATH | OFlags::CLOEXEC;
-            let file = openat2(root, path.as_slice(), flags, Mode::empty(), ResolveFlags::IN_ROOT);
-            // A path that leads nowhere fails in connect(2), where it is reported.
-            let number = file.as_ref().map_or(-1, AsRawFd::as_raw_fd);
-            let address = SocketAddrUnix::new(format!("/proc/self/fd/{number}"));
-            Ok((address.map_err(fail("making an address"))?, file.ok()))
-        }
-    }
-}
-
-/// Connects to a listener and accepts on its side.
-fn meet(
+/// Connects to a listener of that name.
+fn reach(
     makers: &mut Makers<'_>,
     client: &OwnedFd,
-    server: &UnixSocket,
+    by: Option<&Identity>,
+    name: Option<&Name>,
     listener: &OwnedFd,
-) -> Result<OwnedFd, RestoreError> {
-    let by = server.peer.as_ref();
-    match &server.name {
-        Some(Name::Abstract(name)) => makers.connect(by, client, Goal::Abstract(name))?,
-        _ => makers.connect(by, client, Goal::File(raw::unix_file(listener)?.as_fd()))?,
-    }
-    rustix::net::accept_with(listener, SocketFlags::CLOEXEC).map_err(fail("accept"))
-}
-
-/// Binds to exactly the captured name. A path is resolved by a thread whose root is the tree's, and whose working
-/// directory is the one that a relative path was meant in.
-/// Without a `file` the path had been removed: it is removed again.
-fn bind(
-    socket: &OwnedFd,
-    name: &Name,
-    file: Option<&SocketFile>,
-    root: BorrowedFd<'_>,
 ) -> Result<(), RestoreError> {
-    let path = match name {
-        Name::Abstract(name) => {
-            let address = SocketAddrUnix::new_abstract_name(name).map_err(fail("making an address"))?;
-            return rustix::net::bind(socket, &address).map_err(fail("bind"));
-        }
-        Name::Path(path) => path,
-    };
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(|| -> Result<(), RestoreError> {
-            limosa_kernel::namespace::unshare_directories()?;
-            rustix::process::fchdir(root).map_err(fail("fchdir"))?;
-            rustix::process::chroot(".").map_err(fail("chroot"))?;
-            if path.first() != Some(&b'/') {
-                let whole = file.map(|file| file.path.as_slice()).unwrap_or_default();
-                let directory = whole.strip_suffix(path.as_slice()).filter(|directory| !directory.is_empty());
-                let Some(directory) = directory else {
-                    return Err(RestoreError::inconsistent("a relative path of a socket without its directory"));
-                };
-                rustix::process::chdir(directory).map_err(fail("chdir"))?;
-            }
-            bind_here(socket, path, file)
-        });
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
+    match name {
+        Some(Name::Abstract(name)) => makers.connect(by, client, Goal::Abstract(name)),
+        _ => makers.connect(by, client, Goal::File(raw::unix_file(listener)?.as_fd())),
+    }
 }
 
-fn bind_here(socket: &OwnedFd, path: &[u8], file: Option<&SocketFile>) -> Result<(), RestoreError> {
-    let address = SocketAddrUnix::new(path).map_err(fail("making an address"))?;
-    if file.is_some()
-        && let Ok(stat) = rustix::fs::lstat(path)
-        && FileType::from_raw_mode(stat.st_mode) == FileType::Socket
-    {
-        // What the checkpointed socket left.
-        rustix::fs::unlink(path).map_err(fail("unlink"))?;
-    }
-    rustix::net::bind(socket, &address).map_err(|errno| RestoreError::File {
-        path: String::from_utf8_lossy(path).into_owned(),
-        reason: format!("bind: {errno}"),
-    })?;
-    match file {
-        None => rustix::fs::unlink(path).map_err(fail("unlink")),
-        Some(file) => {
-            rustix::fs::chmod(path, Mode::from_raw_mode(file.mode & 0o7777)).map_err(fail("chmod"))?;
-            let (uid, gid) = (Uid::from_raw(file.uid), Gid::from_raw(file.gid));
-            rustix::fs::chownat(CWD, path, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).map_err(fail("chown"))
-        }
-    }
+fn accept(listener: &OwnedFd) -> Result<OwnedFd, RestoreError> {
+    rustix::net::accept_with(listener, SocketFlags::CLOEXEC).map_err(fail("accept"))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
+    use std::io::{Read, Write};
+    use std::os::fd::AsRawFd;
     use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 
     use limosa_kernel::net::peek;
 
+    use super::super::SocketFile;
     use super::*;
 
     fn socket(inode: u64, kind: Kind, role: Role) -> UnixSocket {
@@ -548,9 +491,11 @@ mod tests {
         let mut sockets = [
             socket(1, Kind::Stream, Role::Connected { peer: 2 }),
             socket(2, Kind::Stream, Role::Connected { peer: 1 }),
-            socket(3, Kind::Stream, Role::Listening { backlog: 5 }),
+            socket(3, Kind::Stream, Role::Listening { backlog: 5, pending: vec![6, 7] }),
             socket(4, Kind::Datagram, Role::Idle),
             socket(5, Kind::Datagram, Role::Connected { peer: 4 }),
+            socket(6, Kind::Stream, Role::Waiting { by: None }),
+            socket(7, Kind::Stream, Role::Waiting { by: None }),
         ];
         sockets[1].name = Some(name.clone());
         sockets[2].name = Some(name);
@@ -562,6 +507,13 @@ mod tests {
         assert_eq!(client.peer_addr().unwrap().as_pathname(), Some(path.as_path()));
         let listener = UnixListener::from(made.remove(&2).unwrap());
         let _another = UnixStream::connect(&path).unwrap();
+        for waiting in [5, 6] {
+            let mut waiting = UnixStream::from(made.remove(&waiting).unwrap());
+            waiting.write_all(&[waiting.as_raw_fd() as u8]).unwrap();
+            let mut byte = [0];
+            listener.accept().unwrap().0.read_exact(&mut byte).unwrap();
+            assert_eq!(byte, [waiting.as_raw_fd() as u8]);
+        }
         listener.accept().unwrap();
         let stat = rustix::fs::lstat(&path).unwrap();
         assert_eq!((stat.st_mode & 0o7777, stat.st_uid, stat.st_gid), (0o640, 12, 34));
