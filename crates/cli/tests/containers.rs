@@ -88,6 +88,8 @@ fn a_detached_container_leaves_no_process_of_limosa() {
     let table = host.says(&["ps"]);
     assert!(table.lines().nth(1).is_some_and(|line| line.starts_with("one   running")), "{table}");
     assert_eq!(host.says(&["logs", "one"]), "hello\n");
+    let log: Value = serde_json::from_str(&host.says(&["logs", "one", "--json"])).expect("JSON");
+    assert_eq!((log["container"].as_str(), log["log"].as_str()), (Some("one"), Some("hello\n")));
 
     let mut cat = host.command(&["exec", "one", "--", "cat"]);
     let mut cat = cat.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("limosa");

@@ -80,6 +80,10 @@ fn container_elsewhere(sandbox: &Sandbox) -> Result<()> {
     fs::create_dir(&root)?;
     rustix::mount::mount("/", &root, "", MountFlags::BIND, None)?;
     let (named, place) = (format!("lines={}", second.display()), root.display().to_string());
+    let nowhere = ["--external", &named, "--pidfile", "/no/such/pid"];
+    let nowhere: Vec<&str> = ["restore", &out, "--detach"].into_iter().chain(nowhere).collect();
+    let said = on_host(sandbox, &nowhere)?;
+    ensure!(said.status == Some(1) && on_host(sandbox, &["ps", "--json"])?.out.trim() == "[]", "{said:?}");
     let pidfile = pidfile.display().to_string();
     let options =
         ["--name", "other", "--detach", "--pidfile", &pidfile, "--external", &named, "--root", &place];
