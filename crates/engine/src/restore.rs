@@ -21,6 +21,7 @@ mod start;
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use limosa_image::Checkpoint;
 use limosa_kernel::namespace::Kind;
@@ -28,6 +29,7 @@ use limosa_kernel::net::InNetns;
 use limosa_kernel::ptrace;
 use limosa_puppet::{Arena, Resident};
 use rustix::fs::{Mode, OFlags};
+use rustix::process::Pid;
 
 use crate::error::RestoreError;
 use crate::guardian;
@@ -45,6 +47,9 @@ pub(crate) use start::await_stop;
 
 /// Sparse; what is used of it is a few hundred bytes for each object.
 const ARENA_SIZE: u64 = 8 << 30;
+
+/// Longest wait for killed processes to be gone.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How to restore.
 #[derive(Debug, Default)]
@@ -324,9 +329,7 @@ impl Drop for Nursery {
             for node in self.born.iter().rev() {
                 let _ = limosa_kernel::task::signal_process(self.puppets[*node].pid(), libc::SIGKILL);
             }
-            for node in &self.born {
-                while let Ok(ptrace::WaitStatus::Stopped { .. }) = ptrace::wait(self.puppets[*node].pid()) {}
-            }
+            reap_all(self.born.iter().map(|node| self.puppets[*node].pid()).collect());
             // Of the others, each whose parent had made it already is our child now. A PID that is not our child's is
             // that of somebody else, who may be why this restore failed.
             for puppet in self.puppets.iter().filter(|puppet| puppet.pid() > 0) {
@@ -338,6 +341,24 @@ impl Drop for Nursery {
         }
         if !self.was_subreaper {
             let _ = rustix::process::set_child_subreaper(None);
+        }
+    }
+}
+
+/// Takes note of the end of killed processes, which are our children, our tracees, or will be our children once their
+/// parents have ended. In any order: the first process of a PID namespace ends when all others in it have been noted.
+fn reap_all(mut left: Vec<i32>) {
+    let exists =
+        |pid: i32| Pid::from_raw(pid).is_some_and(|pid| rustix::process::test_kill_process(pid).is_ok());
+    let started = Instant::now();
+    while !left.is_empty() && started.elapsed() < PATIENCE {
+        left.retain(|pid| match ptrace::try_wait(*pid) {
+            Ok(None | Some(ptrace::WaitStatus::Stopped { .. })) => true,
+            // Of a tracee that is no child of ours the end is noted here, and its parent reaps it or we do later.
+            Ok(Some(_)) | Err(_) => exists(*pid),
+        });
+        if !left.is_empty() {
+            std::thread::sleep(Duration::from_micros(50));
         }
     }
 }
