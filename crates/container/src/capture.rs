@@ -114,6 +114,11 @@ impl Source {
         Ok(Refusals::check(self.preflight(registry)?)?)
     }
 
+    /// Fails where it could not be frozen in the way that a hand-over needs ([`CapturedContainer::seal`]).
+    pub fn refuse_unsealable(&self) -> Result<(), ContainerCaptureError> {
+        Ok(self.record.cgroup.check_freezer()?)
+    }
+
     fn options(&self, registry: &Registry) -> Result<checkpoint::Options, ContainerCaptureError> {
         let path = registry.paths(&self.record.config.name).log();
         let log = match std::fs::metadata(&path) {
@@ -176,6 +181,11 @@ impl CapturedContainer {
             self.disconnected = true;
         }
         Ok(())
+    }
+
+    /// Which container it is: [`Record::instance`].
+    pub fn instance(&self) -> String {
+        self.record.instance()
     }
 
     /// Freezes it in a way that outlives this process: when a tracer dies, its tracees run on.

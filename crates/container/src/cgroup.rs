@@ -82,17 +82,22 @@ impl Cgroup {
     /// Freezes the group's processes, or lets them run on (`cgroup.freeze`, version 2). Stays so when this
     /// process ends.
     pub fn freeze(&self, frozen: bool) -> Result<(), CgroupError> {
-        let file = self
-            .directories
-            .iter()
-            .map(|directory| directory.join("cgroup.freeze"))
-            .find(|file| file.exists());
-        match file {
+        match self.freezer() {
             Some(file) => fs::write(&file, if frozen { "1" } else { "0" })
                 .map_err(|source| CgroupError::io("write", &file, source)),
             None if frozen => Err(CgroupError::NoFreezer),
             None => Ok(()),
         }
+    }
+
+    /// Fails where [`Self::freeze`] would find nothing to freeze by.
+    pub fn check_freezer(&self) -> Result<(), CgroupError> {
+        self.freezer().map(drop).ok_or(CgroupError::NoFreezer)
+    }
+
+    fn freezer(&self) -> Option<PathBuf> {
+        let mut files = self.directories.iter().map(|directory| directory.join("cgroup.freeze"));
+        files.find(|file| file.exists())
     }
 
     /// Removes the groups; one that is gone already is no error. The last processes may need a moment to
@@ -220,7 +225,8 @@ fn parse_hierarchy(line: &str) -> Option<Hierarchy> {
 pub enum CgroupError {
     /// No version 2 hierarchy.
     #[error(
-        "no cgroup version 2 hierarchy is mounted, which freezing needs: mount one, for instance on /sys/fs/cgroup/unified"
+        "the container has no control group of version 2, without which it cannot be frozen for a migration: mount that \
+         hierarchy (`mount -t cgroup2 none /sys/fs/cgroup/unified`) and start the container again"
     )]
     NoFreezer,
     /// Nothing here can limit memory.

@@ -38,6 +38,7 @@ pub fn migrate<C: Connect>(
 ) -> Result<Migrated, MigrateError> {
     let limits = Limits::default();
     let source = Source::find(registry, name)?;
+    source.refuse_unsealable()?;
     report.phase("pre-flight", |_| source.refuse_early(registry))?;
     let id = MigrationId::random().map_err(MigrateError::Id)?;
     let mut offer = Offer::new(id, name.as_str());
@@ -54,7 +55,7 @@ pub fn migrate<C: Connect>(
     })?;
     let frozen_at = report.elapsed_us();
     let mut captured = source.capture(registry, &mut outgoing, report).map_err(MigrateError::BrokenOff)?;
-    let ready = report.phase("destination builds", |_| outgoing.finish())?;
+    let ready = report.phase("destination builds", |_| outgoing.finish())?.of_instance(captured.instance());
     let outcome = report.phase("hand over", |_| {
         ready.hand_over(store, connect, || {
             captured.disconnect()?;
@@ -70,35 +71,48 @@ pub fn migrate<C: Connect>(
                 // Sealed, it stays frozen without us, until somebody finds out.
                 Outcome::Unknown { .. } => drop(captured),
             }
+            if !matches!(outcome, Outcome::Unknown { .. }) {
+                close(store, id);
+            }
             Ok(Migrated { id, outcome, frozen_us })
         }
         Err(error) => {
             captured.release()?;
+            close(store, id);
             Err(error.into())
         }
     }
 }
 
-/// Finds out what became of a migration that was handed over from here and whose outcome is not known, and acts on it:
-/// the container that is frozen here is ended, or runs on.
+/// Notes that the outcome was acted on. Without the note [`settle`] finds that there is nothing to be done.
+fn close(store: &Store, id: MigrationId) {
+    if let Err(error) = store.close(id) {
+        tracing::warn!(%id, %error, "it could not be recorded that the migration is settled");
+    }
+}
+
+/// Finds out what became of a migration that was handed over from here and is not settled, and acts on it: the container
+/// that is frozen here is ended, or runs on.
 pub fn settle(registry: &Registry, store: &Store, record: &DepartureRecord) -> Result<Outcome, SettleError> {
     let mut address: Address = record.destination.parse()?;
     let outcome = limosa_migrate::settle(store, record.id, &mut address, &Limits::default())?;
     let name: Name = record.container.parse()?;
-    match &outcome {
-        Outcome::Moved(_) => match stop::remove(registry, &name, true) {
-            Err(crate::StopError::Registry(crate::RegistryError::Unknown { .. })) | Ok(()) => {}
-            Err(error) => return Err(error.into()),
-        },
-        Outcome::Kept { .. } => {
-            let record = registry.load(&name)?;
-            if let Some(link) = &record.host_link {
-                crate::link::set_up(link, true)?;
-            }
-            record.cgroup.freeze(false)?;
+    let here = match registry.load(&name) {
+        Ok(here) if record.instance.is_empty() || here.instance() == record.instance => Some(here),
+        // That one is gone already; another of its name has come.
+        Ok(_) | Err(crate::RegistryError::Unknown { .. }) => None,
+        Err(error) => return Err(error.into()),
+    };
+    match (&outcome, here) {
+        (Outcome::Moved(_), Some(_)) => stop::remove(registry, &name, true)?,
+        (Outcome::Kept { .. }, Some(here)) => {
+            here.connect()?;
+            here.cgroup.freeze(false)?;
         }
-        Outcome::Unknown { .. } => {}
+        (Outcome::Moved(_) | Outcome::Kept { .. }, None) => {}
+        (Outcome::Unknown { .. }, _) => return Ok(outcome),
     }
+    close(store, record.id);
     Ok(outcome)
 }
 
@@ -275,7 +289,14 @@ impl Destination for Arrivals<'_> {
         let Ok(name) = offer.container.parse::<Name>() else { return Ok(Remains::Nothing) };
         match self.registry.load(&name) {
             Ok(record) => match record.running() {
-                Some(_) => Ok(Remains::Running(StartReport::default())),
+                Some(_) => {
+                    // Perhaps that is all that was left to be done.
+                    record.connect()?;
+                    if let Err(error) = record.announce() {
+                        tracing::warn!(%error, %name, "the container's addresses could not be announced");
+                    }
+                    Ok(Remains::Running(StartReport::default()))
+                }
                 None => {
                     stop::remove(self.registry, &name, true)?;
                     Ok(Remains::Nothing)
@@ -302,6 +323,9 @@ pub enum ArrivalError {
     /// What is known here could not be read.
     #[error(transparent)]
     Registry(#[from] crate::RegistryError),
+    /// What runs could not be connected.
+    #[error(transparent)]
+    Link(#[from] crate::LinkError),
     /// Remains could not be removed.
     #[error(transparent)]
     Stop(#[from] crate::StopError),

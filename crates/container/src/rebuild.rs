@@ -171,8 +171,9 @@ impl Prepared {
     /// Lets it run, reachable, and tells its neighbours where it is now.
     pub fn start(self, registry: &Registry, report: &mut Report) -> Result<Restored, RebuildError> {
         registry.save(&self.record)?;
-        self.shell.connect()?;
-        let started = self.loaded.start(report)?;
+        // Connected only when it is sure to stay: sockets of one that ends after all would say so to their peers.
+        let connect = || Ok::<_, RebuildError>(self.shell.connect()?);
+        let started = self.loaded.start_with(report, connect)?;
         if let Err(error) = self.shell.announce() {
             // The container runs; its neighbours will find out by themselves, later.
             tracing::warn!(%error, "the container's addresses could not be announced");

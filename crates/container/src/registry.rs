@@ -128,6 +128,11 @@ impl Record {
         self.init.filter(Init::is_running).map(|init| init.pid)
     }
 
+    /// Tells this container from any other of its name, before or after it.
+    pub fn instance(&self) -> String {
+        self.init.map_or_else(String::new, |init| format!("{}:{}", init.pid, init.start_time))
+    }
+
     /// Lets a container that was disconnected and the host's network reach each other again. The calling
     /// thread must be in the network namespace that the container was started from.
     pub fn connect(&self) -> Result<(), LinkError> {

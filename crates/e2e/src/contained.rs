@@ -1,6 +1,7 @@
 //! A program in a container of `limosa run`, on one of two hosts, with its clients outside.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::net::Ipv4Addr;
@@ -15,6 +16,7 @@ use limosa_stage::{BRIDGE, CONTAINER, Host, Limosa, PREFIX, Place, Running, join
 use rustix::process::Pid;
 
 use crate::ground::{Ground, quoted};
+use crate::killed::{groups, links};
 use crate::sandbox::Sandbox;
 use crate::{built, wait_for};
 
@@ -26,8 +28,12 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// removes the container.
 pub struct Contained<'s> {
     sandbox: &'s Sandbox,
-    limosa: Limosa,
-    hosts: [Host; 2],
+    pub(crate) limosa: Limosa,
+    pub(crate) hosts: [Host; 2],
+    /// How many interfaces each host has without the container's.
+    pub(crate) links: [usize; 2],
+    /// Control groups of this name that were there before.
+    pub(crate) groups: BTreeSet<String>,
     /// Index of the host that the container is on.
     here: Cell<usize>,
     clients: Place,
@@ -49,9 +55,12 @@ impl<'s> Contained<'s> {
         let clients = Place::new()?;
         join(&hosts[0], &hosts[1])?;
         join_client(&clients, &hosts[0])?;
+        let links = [links(&hosts[0])?.len(), links(&hosts[1])?.len()];
         let contained = Self {
             sandbox,
             limosa,
+            links,
+            groups: groups()?,
             hosts,
             here: Cell::new(0),
             clients,
@@ -71,8 +80,28 @@ impl<'s> Contained<'s> {
         Ok(contained)
     }
 
-    fn host(&self) -> &Host {
+    pub(crate) fn host(&self) -> &Host {
         &self.hosts[self.here.get()]
+    }
+
+    pub(crate) fn other(&self) -> &Host {
+        &self.hosts[1 - self.here.get()]
+    }
+
+    /// The name of the host that it is on.
+    pub fn location(&self) -> &'static str {
+        self.host().name
+    }
+
+    /// A file of the test's.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.sandbox.path(name)
+    }
+
+    /// It was found on that host, with that first process.
+    pub(crate) fn is_at(&self, host: usize, init: i32) {
+        self.here.set(host);
+        self.init.set(Pid::from_raw(init).unwrap_or(Pid::INIT));
     }
 
     /// Runs `limosa` on the host that the container is on.

@@ -17,6 +17,7 @@
 pub mod contained;
 pub mod ground;
 pub mod hostile;
+pub mod killed;
 pub mod limosa;
 pub mod programs;
 pub mod round_trip;

@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use limosa_e2e::contained::Contained;
+use limosa_e2e::killed::{Fate, Side};
 use limosa_e2e::limosa::{self, Source};
 use limosa_e2e::programs::{Program, REDIS_PORT, Redis};
 use limosa_e2e::sandbox::{Sandbox, sandboxed, wait_until_alone};
@@ -228,4 +230,47 @@ fn restore_of_twenty_threads() {
 #[test]
 fn restore_of_a_tree() {
     sandboxed(|sandbox| sweep_restore(sandbox, "tree", 40, 24));
+}
+
+/// Migrations of a redis in a container with clients outside, one after the other, of each of which one side is killed:
+/// after each there is one copy, on one of the hosts, which the clients still talk to and find whole, and nothing else.
+fn sweep_migration(sandbox: &Sandbox, side: Side, some: u64) -> Result<()> {
+    let container = Contained::new(sandbox)?;
+    let mut redis = Redis::start(&container, 1000)?;
+    let mut total = u64::MAX;
+    for _ in 0..2 {
+        let failed = container.migrate_with(side, Fate::Counted)?;
+        ensure!(failed.is_none(), "without a kill: {failed:?}");
+        container.settled()?;
+        total = total.min(container.counted()?);
+    }
+    redis.verify().context("before the sweep")?;
+    let (points, mut kills, mut moves) = (points(total, some, 5), 0, 0);
+    for number in &points {
+        let before = container.location();
+        let failed = container.migrate_with(side, Fate::Killed(*number))?;
+        let context = || format!("{side:?} killed at operation {number} of {total}: {failed:?}");
+        kills += u64::from(failed.is_some());
+        container.settled().with_context(context)?;
+        moves += u64::from(container.location() != before);
+        redis.verify().with_context(context)?;
+    }
+    println!(
+        "{total} operations, {} points, {kills} kills; moved {moves} times: {}",
+        points.len(),
+        redis.verify()?
+    );
+    ensure!(kills + 12 >= points.len() as u64, "only {kills} of {} were killed", points.len());
+    drop(redis);
+    container.end()
+}
+
+#[test]
+fn migration_whose_source_is_killed() {
+    sandboxed(|sandbox| sweep_migration(sandbox, Side::Source, 35));
+}
+
+#[test]
+fn migration_whose_receiver_is_killed() {
+    sandboxed(|sandbox| sweep_migration(sandbox, Side::Destination, 35));
 }

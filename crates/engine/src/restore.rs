@@ -379,10 +379,28 @@ pub struct Started {
 
 impl Loaded {
     /// Gives every thread its registers and lets the tree run.
-    pub fn start(mut self, report: &mut Report) -> Result<Started, RestoreError> {
+    pub fn start(self, report: &mut Report) -> Result<Started, RestoreError> {
+        self.start_with(report, || Ok(()))
+    }
+
+    /// Likewise; does `committed` at the moment from which on the tree outlives us, before anything of it runs.
+    pub fn start_with<E: From<RestoreError>>(
+        mut self,
+        report: &mut Report,
+        committed: impl FnOnce() -> Result<(), E>,
+    ) -> Result<Started, E> {
         report.phase("network", |_| self.network.start())?;
-        report.phase("start", |_| start::start_all(&self.tree, &mut self.nursery))?;
-        self.nursery.released = true;
+        report.phase("start", |_| {
+            let still = start::make_ready(&self.tree, &mut self.nursery)?;
+            let still = still.commit(&mut self.nursery)?;
+            if let Err(error) = committed() {
+                // Nothing has run: it can still be taken back.
+                self.nursery.released = false;
+                return Err(error);
+            }
+            still.let_go();
+            Ok(())
+        })?;
         Ok(Started { root: self.nursery.puppets[0].pid() })
     }
 

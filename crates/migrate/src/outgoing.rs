@@ -46,6 +46,7 @@ pub struct Sending {
 /// Everything is built at the destination and nothing runs there.
 pub struct Ready {
     offer: Offer,
+    instance: String,
     ready: message::Ready,
 }
 
@@ -152,7 +153,7 @@ impl<'w> Outgoing<'w, Sending> {
         self.tell(Phase::Preparing);
         let frame = self.link.next("`Ready`", self.link.limits().ready).map_err(PeerError::from)?;
         let ready = session::expect(&frame, Kind::Ready, "`Ready`")?;
-        let phase = Ready { offer: self.phase.offer.clone(), ready };
+        let phase = Ready { offer: self.phase.offer.clone(), instance: String::new(), ready };
         Ok(self.next_phase(phase, Phase::HandingOver))
     }
 
@@ -267,7 +268,14 @@ impl Outgoing<'_, Ready> {
         &self.phase.ready
     }
 
-    /// Hands ownership over and returns who has it.
+    /// Says, for the record, which container it is: there may be another of the same name later.
+    #[must_use]
+    pub fn of_instance(mut self, instance: impl Into<String>) -> Self {
+        self.phase.instance = instance.into();
+        self
+    }
+
+    /// Hands ownership over and returns who has it. Once the caller has acted on that, it tells [`Store::close`].
     ///
     /// In this order: the intention is recorded in `store`; `seal` freezes the source in a way that outlives this
     /// process (a tracer's death lets its tracees run, and after `HandOver` they must not); `HandOver` is sent. If the
@@ -298,6 +306,8 @@ impl Outgoing<'_, Ready> {
             container: self.phase.offer.container.clone(),
             destination: connect.address(),
             departure: Departure::HandingOver,
+            instance: self.phase.instance.clone(),
+            closed: false,
         };
         if let Err(error) = store.put_departure(&record) {
             self.abort("the source could not record the hand-over");

@@ -103,6 +103,24 @@ pub struct DepartureRecord {
     pub destination: String,
     /// How far it came.
     pub departure: Departure,
+    /// The very container, in the engine's words: a later one of the same name is not meant.
+    #[serde(default)]
+    pub instance: String,
+    /// Whether the source has acted on the outcome: what was frozen runs on, or is gone. Records that do not say are
+    /// from before this was recorded.
+    #[serde(default = "acted_on")]
+    pub closed: bool,
+}
+
+fn acted_on() -> bool {
+    true
+}
+
+impl DepartureRecord {
+    /// Whether something is left to be done: the outcome is not known, or was not acted on.
+    pub fn is_open(&self) -> bool {
+        !self.closed || self.departure == Departure::HandingOver
+    }
 }
 
 /// Why a record could not be read or changed.
@@ -236,11 +254,22 @@ impl Store {
         }
     }
 
-    /// The migrations whose hand-over was begun from here and whose outcome is not known.
+    /// Notes that the source has acted on an outcome that is recorded.
+    pub fn close(&self, id: MigrationId) -> Result<(), RecordError> {
+        let _lock = self.lock()?;
+        match self.departure(id)? {
+            Some(record) if record.departure != Departure::HandingOver && !record.closed => {
+                self.write(&self.path(id, "out"), &DepartureRecord { closed: true, ..record })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The migrations whose hand-over was begun from here and whose outcome is not known, or was not acted on.
     pub fn unsettled(&self) -> Result<Vec<DepartureRecord>, RecordError> {
         let mut found = Vec::new();
         for id in self.ids("out")? {
-            found.extend(self.departure(id)?.filter(|record| record.departure == Departure::HandingOver));
+            found.extend(self.departure(id)?.filter(DepartureRecord::is_open));
         }
         Ok(found)
     }
@@ -326,7 +355,7 @@ impl Store {
         }
         for id in self.ids("out")? {
             let path = self.path(id, "out");
-            let open = self.departure(id)?.is_some_and(|record| record.departure == Departure::HandingOver);
+            let open = self.departure(id)?.is_some_and(|record| record.is_open());
             if !open && older(&path, age) {
                 remove(&path)?;
                 removed += 1;

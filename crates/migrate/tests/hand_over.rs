@@ -31,6 +31,10 @@ fn a_container_moves_with_all_its_content() {
         assert!(arrival.acknowledged && matches!(arrival.arrival, Arrival::Started(_)));
         let departure = scene.source.departure(scene.offer.id).expect("record").expect("a record");
         assert!(matches!(departure.departure, Departure::Started(_)));
+        // Open until the source has ended what it had.
+        let open = scene.source.unsettled().expect("records");
+        assert!(matches!(&open[..], [one] if matches!(one.departure, Departure::Started(_))), "{open:?}");
+        scene.source.close(scene.offer.id).expect("close");
         assert!(scene.source.unsettled().expect("records").is_empty());
     }
 }

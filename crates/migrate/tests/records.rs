@@ -15,6 +15,8 @@ fn departure(scene: &Scene) -> DepartureRecord {
         container: "redis".to_owned(),
         destination: "test:".to_owned(),
         departure: Departure::HandingOver,
+        instance: "the first".to_owned(),
+        closed: false,
     }
 }
 
@@ -125,6 +127,9 @@ fn a_destination_that_cannot_be_reached_leaves_the_outcome_unknown_and_the_recor
     // Later it can be reached.
     let outcome = settle(&scene.source, scene.offer.id, &mut scene.ways(), &scene.limits).expect("settle");
     assert!(matches!(outcome, Outcome::Kept { .. }), "{outcome:?}");
+    let open = scene.source.unsettled().expect("records");
+    assert!(matches!(&open[..], [one] if one.instance == "the first"), "nobody has acted on it: {open:?}");
+    scene.source.close(scene.offer.id).expect("close");
     assert!(scene.source.unsettled().expect("records").is_empty());
 }
 

@@ -1,7 +1,7 @@
 //! The places: hosts and a client, as network namespaces without names.
 
 use std::net::Ipv4Addr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
@@ -48,6 +48,11 @@ impl Place {
     /// Puts the calling thread there until the guard is dropped; processes that it starts meanwhile stay there.
     pub fn enter(&self) -> Result<InNetns> {
         Ok(InNetns::enter(&self.namespace)?)
+    }
+
+    /// Where it can be found while this process holds it, by other processes of the same PID namespace.
+    pub fn path(&self) -> PathBuf {
+        format!("/proc/{}/fd/{}", std::process::id(), self.namespace.as_raw_fd()).into()
     }
 
     /// Another handle on the same place, for another thread.

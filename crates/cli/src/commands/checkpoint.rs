@@ -14,6 +14,7 @@ use limosa_engine::{Refusals, Report, Times, checkpoint, preflight};
 use limosa_image::{CheckpointWriter, Committed, Meta};
 use serde::Serialize;
 
+use crate::commands::guard::Posted;
 use crate::context::{Context, Failure, Outcome};
 use crate::text;
 use crate::trace::Trace;
@@ -211,6 +212,7 @@ impl Checkpoint {
             .running_on(self.leave_running)
             .with_externals(self.externals()?);
         report.phase("pre-flight", |_| source.refuse_early(&registry))?;
+        let _guard = Posted::new(context, Some(name))?;
         let signals = watched::hold_back();
         let mut writer = self.writer()?;
         let mut watched = Watched::new(&mut writer, signals);

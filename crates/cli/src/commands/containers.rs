@@ -55,6 +55,10 @@ impl Ps {
     /// Lists the containers.
     #[allow(clippy::unused_self, reason = "every subcommand is executed alike")]
     pub fn execute(self, context: &Context) -> Outcome {
+        // What a killed run left is nothing to list; that it cannot be removed is no reason not to list the others.
+        if let Err(error) = context.registry().sweep() {
+            tracing::warn!(%error, "what was left of a container that was never finished cannot be removed");
+        }
         let list = context.registry().list()?;
         let lines: Vec<Line> = list
             .into_iter()

@@ -14,6 +14,7 @@ use limosa_migrate::{
 };
 use serde::Serialize;
 
+use crate::commands::guard::Posted;
 use crate::context::{Context, Outcome};
 use crate::progress;
 use crate::text;
@@ -56,7 +57,7 @@ struct Done {
 }
 
 /// Where the records of migrations are kept.
-fn store(context: &Context) -> anyhow::Result<Store> {
+pub fn store(context: &Context) -> anyhow::Result<Store> {
     Ok(Store::open(context.state_dir.join("migrations"))?)
 }
 
@@ -68,6 +69,7 @@ impl Migrate {
         self.trace.prepare()?;
         let registry = context.registry();
         let store = store(context)?;
+        let _guard = Posted::new(context, Some(&self.name))?;
         let mut report = Report::default();
         let watch =
             progress::watch(format!("{} → {}", self.name, address.redacted()), self.progress, context.json);
@@ -115,6 +117,8 @@ impl Migrate {
 }
 
 /// Settle migrations whose connection was lost during the hand-over.
+///
+/// What is not settled by itself: a `limosa migrate` asks for five minutes, and one that is killed has a guard that does it.
 ///
 /// Asks each destination whether it runs the container. Then the one that is frozen here ends, or runs on.
 #[derive(Debug, Args)]
@@ -186,6 +190,7 @@ impl Receive {
         let registry = context.registry();
         registry.sweep()?;
         let store = store(context)?;
+        let _guard = Posted::new(context, None)?;
         let mut arrivals = Arrivals::new(&registry)?;
         let received = match self.listen {
             None => {

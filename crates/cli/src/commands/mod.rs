@@ -4,6 +4,7 @@ mod check;
 mod checkpoint;
 mod containers;
 mod exec;
+mod guard;
 mod inspect;
 mod logs;
 mod migrate;
@@ -23,6 +24,8 @@ pub enum Command {
     Migrate(migrate::Migrate),
     Receive(migrate::Receive),
     Settle(migrate::Settle),
+    #[command(hide = true)]
+    Guard(guard::Guard),
     Inspect(inspect::Inspect),
     Verify(inspect::Verify),
     Check(check::Check),
@@ -45,6 +48,7 @@ impl Command {
             Self::Migrate(command) => command.execute(context),
             Self::Receive(command) => command.execute(context),
             Self::Settle(command) => command.execute(context),
+            Self::Guard(command) => command.execute(context),
             Self::Inspect(command) => command.execute(context),
             Self::Verify(command) => command.execute(context),
             Self::Check(command) => command.execute(context),

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use rustix::process::Signal;
 use serde::Serialize;
 
+use crate::commands::guard::Posted;
 use crate::context::{Context, Failure, Outcome};
 use crate::text;
 use crate::trace::Trace;
@@ -126,6 +127,7 @@ impl Restore {
         };
         let prepared = limosa_container::prepare(&registry, checkpoint, changes, report);
         let prepared = reading.conclude(prepared)?;
+        let _guard = Posted::new(context, Some(prepared.name()))?;
         self.write_pidfile(prepared.pid())?;
         Ok(prepared.start(&registry, report).inspect_err(|_| self.remove_pidfile())?.pid)
     }

@@ -10,13 +10,20 @@ use crate::resources::job_control;
 use crate::state::{Life, Thread, Tree};
 
 /// A thread of the tree, as Limosa sees it.
-struct Actor<'a> {
+pub(crate) struct Actor<'a> {
     tid: i32,
     thread: &'a Thread,
 }
 
-/// Gives all threads their registers, then lets all of them go.
-pub(crate) fn start_all(tree: &Tree, nursery: &mut Nursery) -> Result<(), RestoreError> {
+/// A tree that is complete, all threads of which are stopped.
+pub(crate) struct Still<'a> {
+    actors: Vec<Actor<'a>>,
+    /// Before the commit it waits; after it it is dead and not yet reaped.
+    guardian: Option<Guardian>,
+}
+
+/// Gives all threads their registers.
+pub(crate) fn make_ready<'a>(tree: &'a Tree, nursery: &mut Nursery) -> Result<Still<'a>, RestoreError> {
     let guardian = post_guardian(tree, nursery)?;
     let mut stopped = Vec::new();
     for (index, process) in tree.processes.iter().enumerate() {
@@ -40,16 +47,7 @@ pub(crate) fn start_all(tree: &Tree, nursery: &mut Nursery) -> Result<(), Restor
     for actor in &actors {
         actor.thread.state.finish(actor.tid)?;
     }
-    // Kept until all are let go: it need not be waited for before.
-    let _dismissed = commit(&actors, nursery, guardian)?;
-    for actor in &actors {
-        match ptrace::detach(actor.tid, 0) {
-            // What was let go before may have ended it.
-            Err(error) if !error.is_gone() => tracing::warn!(%error, "a thread goes on when Limosa ends"),
-            _ => {}
-        }
-    }
-    Ok(())
+    Ok(Still { actors, guardian })
 }
 
 /// In the host's PID namespace, the guardian of a tree with several processes.
@@ -60,29 +58,37 @@ fn post_guardian(tree: &Tree, nursery: &mut Nursery) -> Result<Option<Guardian>,
     Ok(Some(idle.post(&mut nursery.arena, &pids)?))
 }
 
-/// From one operation to the next the whole tree stays, whatever becomes of us: before it, our death ends all of it;
-/// after it, our death lets all of it go (as ptrace does with what is attached).
-fn commit(
-    actors: &[Actor],
-    nursery: &mut Nursery,
-    mut guardian: Option<Guardian>,
-) -> Result<Option<Guardian>, RestoreError> {
-    let root = nursery.puppets[0].pid();
-    if let Some(guardian) = &mut guardian {
-        guardian.is_there(&nursery.arena)?;
+impl Still<'_> {
+    /// From one operation to the next the whole tree stays, whatever becomes of us: before it, our death ends all of it;
+    /// after it, our death lets all of it go (as ptrace does with what is attached).
+    pub(crate) fn commit(mut self, nursery: &mut Nursery) -> Result<Self, RestoreError> {
+        let root = nursery.puppets[0].pid();
+        if let Some(guardian) = &mut self.guardian {
+            guardian.is_there(&nursery.arena)?;
+        }
+        // Without a guardian the root's leader goes on dying with us, and with it all of its process and of a PID
+        // namespace that it leads.
+        for actor in self.actors.iter().filter(|actor| self.guardian.is_some() || actor.tid != root) {
+            ptrace::set_options(actor.tid, Options::empty())?;
+        }
+        match &self.guardian {
+            Some(guardian) => guardian.dismiss()?,
+            None => ptrace::set_options(root, Options::empty())?,
+        }
+        nursery.released = true;
+        Ok(self)
     }
-    // Without a guardian the root's leader goes on dying with us, and with it all of its process and of a PID namespace
-    // that it leads.
-    for actor in actors.iter().filter(|actor| guardian.is_some() || actor.tid != root) {
-        ptrace::set_options(actor.tid, Options::empty())?;
+
+    /// Lets all threads run.
+    pub(crate) fn let_go(self) {
+        for actor in &self.actors {
+            match ptrace::detach(actor.tid, 0) {
+                // What was let go before may have ended it.
+                Err(error) if !error.is_gone() => tracing::warn!(%error, "a thread goes on when Limosa ends"),
+                _ => {}
+            }
+        }
     }
-    match &guardian {
-        Some(guardian) => guardian.dismiss()?,
-        None => ptrace::set_options(root, Options::empty())?,
-    }
-    // There is no way back that would not be seen.
-    nursery.released = true;
-    Ok(guardian)
 }
 
 /// Seizes the leaders of all puppet processes, which run on, and die with us from now on. Until here they die with
