@@ -1,20 +1,28 @@
 //! Migration of a container: what the protocol's two sides do with it.
 
 use std::error::Error;
+use std::time::{Duration, Instant};
 
 use limosa_engine::Report;
 use limosa_image::{Checkpoint, Meta, Sink, Staging, WriteError, cbor};
+use limosa_kernel::proc::ProcDir;
 use limosa_migrate::record::DepartureRecord;
 use limosa_migrate::{
     Address, Connect, Destination, FinishError, HandOverError, Limits, MigrationId, NegotiateError, Offer,
     Outcome, Outgoing, PeerError, Purpose, Refusal, Remains, StartReport, Store, Watch,
 };
+use rustix::process::Signal;
 
 use crate::capture::{ContainerCaptureError, ContainerState, Source};
 use crate::config::Name;
 use crate::rebuild::{self, Changes, CheckedRoot, Prepared, RebuildError, Restored};
-use crate::registry::Registry;
+use crate::registry::{Record, Registry};
 use crate::stop;
+
+/// How long a container must have looked alive, untraced and not killed, to have survived whoever was starting it.
+const QUIET: Duration = Duration::from_millis(300);
+/// How long its maker's death may take.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How a migration went, for the source.
 #[derive(Debug)]
@@ -288,24 +296,46 @@ impl Destination for Arrivals<'_> {
     fn remains(&mut self, offer: &Offer) -> Result<Remains, ArrivalError> {
         let Ok(name) = offer.container.parse::<Name>() else { return Ok(Remains::Nothing) };
         match self.registry.load(&name) {
-            Ok(record) => match record.running() {
-                Some(_) => {
-                    // Perhaps that is all that was left to be done.
-                    record.connect()?;
-                    if let Err(error) = record.announce() {
-                        tracing::warn!(%error, %name, "the container's addresses could not be announced");
-                    }
-                    Ok(Remains::Running(StartReport::default()))
+            Ok(record) if outlived_its_maker(&record) => {
+                // Perhaps that is all that was left to be done.
+                record.connect()?;
+                if let Err(error) = record.announce() {
+                    tracing::warn!(%error, %name, "the container's addresses could not be announced");
                 }
-                None => {
-                    stop::remove(self.registry, &name, true)?;
-                    Ok(Remains::Nothing)
-                }
-            },
+                Ok(Remains::Running(StartReport::default()))
+            }
+            Ok(_) => {
+                stop::remove(self.registry, &name, true)?;
+                Ok(Remains::Nothing)
+            }
             Err(crate::RegistryError::Unknown { .. }) => Ok(Remains::Nothing),
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// Whether a container runs and will go on running, although whoever was starting it has just died.
+///
+/// The kernel gives back a dying process's locks and connections before it kills what is to die with it: for a moment a
+/// container that was not committed looks alive. It is traced by the dying process, then it has SIGKILL pending, then it
+/// is gone; only what has been neither for a while has been let go.
+fn outlived_its_maker(record: &Record) -> bool {
+    let kill = 1_u64 << (Signal::KILL.as_raw() - 1);
+    let begun = Instant::now();
+    let mut quiet_since = begun;
+    while let Some(pid) = record.running() {
+        let Ok(status) = ProcDir::open(pid).and_then(|proc| proc.status()) else { return false };
+        let killed = (status.signals.pending | status.signals.shared_pending) & kill != 0;
+        if killed || status.tracer_pid != 0 {
+            quiet_since = Instant::now();
+        }
+        // Something else may be tracing it, for as long as it likes.
+        if quiet_since.elapsed() > QUIET || begun.elapsed() > PATIENCE {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    false
 }
 
 /// A container that arrived could not be built or started.

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -44,8 +44,6 @@ impl Contained<'_> {
     /// `limosa migrate` to the other host, in which `side` meets its fate. Gives what went wrong, if anything did.
     /// Where the container is then, [`Self::settled`] finds out.
     pub fn migrate_with(&self, side: Side, fate: Fate) -> Result<Option<String>> {
-        let (here, there) = (self.host(), self.other());
-        let script = self.stand_in(there)?;
         let variable = match fate {
             Fate::Counted => ("LIMOSA_PASSED_FILE", self.passed().into_os_string()),
             Fate::Killed(number) => ("LIMOSA_KILL_AT", number.to_string().into()),
@@ -54,16 +52,30 @@ impl Contained<'_> {
             let setting = format!("export {}={}\n", variable.0, variable.1.display());
             fs::write(self.first_receiver(), setting)?;
         }
+        self.migrate_by_ssh(
+            |command| {
+                if side == Side::Source { command.env(variable.0, &variable.1) } else { command }
+            },
+        )
+    }
+
+    fn migrate_by_ssh(&self, adapt: impl FnOnce(&mut Command) -> &mut Command) -> Result<Option<String>> {
+        let (here, there) = (self.host(), self.other());
+        let script = self.stand_in(there)?;
         let destination = format!("ssh://{}", there.name);
         let run = self.limosa.start_with(here, ["migrate", NAME, &destination], |command| {
-            if side == Side::Source {
-                command.env(variable.0, &variable.1);
-            }
-            command.stdin(Stdio::null()).env("LIMOSA_SSH", &script)
+            adapt(command).stdin(Stdio::null()).env("LIMOSA_SSH", &script)
         })?;
         let outcome = run.finish();
         let _ = fs::remove_file(self.first_receiver());
         Ok(outcome.err().map(|error| format!("{error:#}")))
+    }
+
+    /// `limosa migrate` to the other host, where `limosa receive` runs after the shell commands `conditions`. Gives what
+    /// went wrong, if anything did.
+    pub fn migrate_under(&self, conditions: &str) -> Result<Option<String>> {
+        fs::write(self.first_receiver(), conditions)?;
+        self.migrate_by_ssh(|command| command)
     }
 
     /// How many operations the side had that was [`Fate::Counted`].

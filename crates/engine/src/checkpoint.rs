@@ -151,7 +151,11 @@ impl Captured {
             self.frozen.end(|_, _| {})?;
         } else {
             // If we are killed from here on, the rest ends, too.
-            let _guardian = guard(&self.frozen.living())?;
+            let _guardian = guard(&self.frozen.living()).unwrap_or_else(|error| {
+                // It must end in any case: the checkpoint is complete.
+                tracing::warn!(%error, "the source ends without a guardian: do not kill limosa now");
+                None
+            });
             self.frozen.end(reap_children)?;
         }
         self.network.abandon(&network::left_behind(self.root));
