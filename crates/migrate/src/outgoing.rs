@@ -47,7 +47,7 @@ pub struct Sending {
 pub struct Ready {
     offer: Offer,
     instance: String,
-    ready: message::Ready,
+    report: message::Ready,
 }
 
 /// The offer was not accepted.
@@ -153,7 +153,7 @@ impl<'w> Outgoing<'w, Sending> {
         self.tell(Phase::Preparing);
         let frame = self.link.next("`Ready`", self.link.limits().ready).map_err(PeerError::from)?;
         let ready = session::expect(&frame, Kind::Ready, "`Ready`")?;
-        let phase = Ready { offer: self.phase.offer.clone(), instance: String::new(), ready };
+        let phase = Ready { offer: self.phase.offer.clone(), instance: String::new(), report: ready };
         Ok(self.next_phase(phase, Phase::HandingOver))
     }
 
@@ -265,7 +265,7 @@ fn fill(content: &mut dyn Read, buffer: &mut [u8]) -> std::io::Result<usize> {
 impl Outgoing<'_, Ready> {
     /// What the destination says about building.
     pub fn report(&self) -> &message::Ready {
-        &self.phase.ready
+        &self.phase.report
     }
 
     /// Says, for the record, which container it is: there may be another of the same name later.
