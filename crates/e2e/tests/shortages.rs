@@ -293,7 +293,8 @@ fn no_space_at_the_destination() {
                 println!("{failed} migrations failed");
                 drop(redis);
                 container.end()?;
-                return Ok(drop(small));
+                drop(small);
+                return Ok(());
             };
             failed += 1;
             says_what_is_short(error).with_context(context)?;
