@@ -8,11 +8,13 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 /// Modules that a machine needs, dependencies left out. What a kernel has built in is skipped.
-const MODULES: [&str; 14] = [
+const MODULES: [&str; 16] = [
     "virtio_pci",
     "virtio_console",
     "virtio_net",
     "virtio_rng",
+    "fuse",
+    "tun",
     "overlay",
     "bridge",
     "veth",
