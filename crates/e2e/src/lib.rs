@@ -9,6 +9,7 @@
 //! | [`round_trip`] | checkpoint, restore several times, verify each time; and the refusal |
 //! | [`sweep`] | `limosa` killed at its N-th operation on the kernel, and what must be whole then |
 //! | [`hostile`] | checkpoints with one value replaced by what it should never be |
+//! | [`rewrite`] | a checkpoint as another kernel would have made it |
 //! | [`programs`] | redis, nginx, Python, bash on a terminal, PostgreSQL, each with a client that verifies state |
 //!
 //! The programs under test are those beside the running test in the build directory; `.config/nextest.toml` has them
@@ -20,6 +21,7 @@ pub mod hostile;
 pub mod killed;
 pub mod limosa;
 pub mod programs;
+pub mod rewrite;
 pub mod round_trip;
 pub mod sandbox;
 pub mod sweep;

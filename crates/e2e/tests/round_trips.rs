@@ -61,6 +61,7 @@ round_trips! {
     threads: "threads";
     timers: "timers";
     tree: "tree";
+    vdso: "vdso";
     watchers: "watchers";
 
     pipes: "pipes";
@@ -74,6 +75,7 @@ refusals! {
     tcp_connections_never_accepted_are_refused: "sockets-inet" ["tcp" "waiting"] "wait in it";
     unix_connections_with_data_never_accepted_are_refused: "sockets-unix" ["waiting"] "wait in it";
     a_descriptor_only_in_flight_is_refused: "sockets-unix" ["in-flight"] "in flight";
+    a_changed_vdso_is_refused: "vdso" ["changed"] "changed its code";
     io_uring_is_refused: "refused" ["io-uring"] "it is an io_uring";
     userfaultfd_is_refused: "refused" ["userfaultfd"] "it is a userfaultfd";
     fanotify_is_refused: "refused" ["fanotify"] "it is a fanotify group";

@@ -29,7 +29,7 @@ use crate::resources::namespaces::{Home, settings};
 use crate::resources::shared_memory::SharedObjects;
 use crate::resources::terminal::Terminals;
 use crate::resources::{
-    CaptureContext, DescriptorState, LateState, NamespaceState, ProcessState, ThreadState, registers,
+    CaptureContext, DescriptorState, LateState, NamespaceState, ProcessState, ThreadState, registers, vdso,
 };
 use crate::resources::{file_locks, job_control};
 use crate::sharing;
@@ -125,7 +125,8 @@ pub fn capture(
     report.page_bytes += bytes;
     let packet_lock = Some(network::left_behind(root));
     let terminals = terminals.finish(&views);
-    let tree = Tree { processes, descriptions, shared_objects, terminals, namespaces, packet_lock };
+    let vdso = vdso::own().map(|own| own.state.clone());
+    let tree = Tree { processes, descriptions, shared_objects, terminals, namespaces, vdso, packet_lock };
     report.processes = tree.processes.len();
     report.threads = tree.living().map(|(_, body)| body.threads.len()).sum();
     report.mappings = tree.living().map(|(_, body)| body.mappings.len()).sum();
@@ -314,6 +315,7 @@ fn capture_body(
         locks: Vec::new(),
         state,
         late,
+        vdso: vdso::Adaptation::default(),
     })
 }
 

@@ -3,6 +3,8 @@
 //! Every thread is seized and interrupted; lists of threads and children are read again until nothing new
 //! appears. When the controller dies, the kernel detaches all of them and they run on.
 
+mod vdso;
+
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
@@ -43,20 +45,27 @@ impl Frozen {
     pub fn stop(root: i32) -> Result<Self, CaptureError> {
         let mut frozen = Self { processes: Vec::new(), seized: Vec::new() };
         frozen.add(root, 0)?;
+        frozen.gather()?;
+        frozen.clear_vdso()?;
         if frozen.processes[0].threads.is_empty() {
             return Err(CaptureError::Ended { pid: root });
         }
-        let mut known: HashSet<i32> = HashSet::from([root]);
+        Ok(frozen)
+    }
+
+    /// Stops the descendants of all processes that are stopped.
+    fn gather(&mut self) -> Result<(), CaptureError> {
+        let mut known: HashSet<i32> = self.processes.iter().map(|process| process.pid).collect();
         for _ in 0..ROUNDS {
             let mut grown = false;
             let mut index = 0;
-            while index < frozen.processes.len() {
-                let process = &frozen.processes[index];
+            while index < self.processes.len() {
+                let process = &self.processes[index];
                 let pid = process.pid;
                 if !process.threads.is_empty() {
                     for child in process.proc.children()? {
                         if known.insert(child) {
-                            frozen.add(child, pid)?;
+                            self.add(child, pid)?;
                             grown = true;
                         }
                     }
@@ -64,51 +73,19 @@ impl Frozen {
                 index += 1;
             }
             if !grown {
-                return Ok(frozen);
+                return Ok(());
             }
         }
-        Err(CaptureError::Unstable { root })
+        Err(CaptureError::Unstable { root: self.processes[0].pid })
     }
 
     /// Stops all threads of `pid` and adds it.
     fn add(&mut self, pid: i32, parent: i32) -> Result<(), CaptureError> {
         let proc = ProcDir::open(pid)?;
         let mut process = FrozenProcess { pid, parent, proc, threads: Vec::new(), job_stopped: None };
-        if process.proc.status()?.state == TaskState::Zombie {
-            self.processes.push(process);
-            return Ok(());
-        }
-        for _ in 0..ROUNDS {
-            let fresh: Vec<i32> =
-                process.proc.tasks()?.into_iter().filter(|tid| !process.threads.contains(tid)).collect();
-            if fresh.is_empty() {
-                // The leader's TID is the PID; the kernel lists threads in the order of their making, not always
-                // with the leader first.
-                process.threads.sort_unstable_by_key(|tid| (*tid != pid, *tid));
-                self.processes.push(process);
-                return Ok(());
-            }
-            let mut asked = Vec::with_capacity(fresh.len());
-            for tid in fresh {
-                match ptrace::seize(tid, ptrace::Options::TRACE_SYSGOOD | ptrace::Options::SUSPEND_SECCOMP)
-                    .or_else(|_| ptrace::seize(tid, ptrace::Options::TRACE_SYSGOOD))
-                {
-                    Ok(()) => {}
-                    Err(error) if error.is_gone() => continue,
-                    Err(error) => return Err(explain_seize(&process.proc, pid, tid, error)),
-                }
-                self.seized.push(tid);
-                ptrace::interrupt(tid)?;
-                asked.push(tid);
-            }
-            for tid in asked {
-                if let Some(stop) = settle(tid)? {
-                    process.job_stopped = process.job_stopped.or(stop.job_control());
-                    process.threads.push(tid);
-                }
-            }
-        }
-        Err(CaptureError::Unstable { root: pid })
+        stop_threads(&mut self.seized, &mut process)?;
+        self.processes.push(process);
+        Ok(())
     }
 
     /// Lets all processes run on.
@@ -174,6 +151,52 @@ fn await_end(threads: &[i32]) {
             std::thread::sleep(Duration::from_micros(50));
         }
     }
+}
+
+/// Stops all threads of the process that are not stopped yet; `seized` are those that are traced already. A zombie
+/// has none.
+fn stop_threads(seized: &mut Vec<i32>, process: &mut FrozenProcess) -> Result<(), CaptureError> {
+    if process.proc.status()?.state == TaskState::Zombie {
+        process.threads.clear();
+        return Ok(());
+    }
+    // Those that were stopped and ran on may have ended, or be another program's by now, and run.
+    process.threads.retain(|tid| ptrace::registers(*tid).is_ok());
+    for _ in 0..ROUNDS {
+        let fresh: Vec<i32> =
+            process.proc.tasks()?.into_iter().filter(|tid| !process.threads.contains(tid)).collect();
+        if fresh.is_empty() {
+            // The leader's TID is the PID; the kernel lists threads in the order of their making, not always
+            // with the leader first.
+            process.threads.sort_unstable_by_key(|tid| (*tid != process.pid, *tid));
+            return Ok(());
+        }
+        let mut asked = Vec::with_capacity(fresh.len());
+        for tid in fresh {
+            if !seized.contains(&tid) {
+                match ptrace::seize(tid, ptrace::Options::TRACE_SYSGOOD | ptrace::Options::SUSPEND_SECCOMP)
+                    .or_else(|_| ptrace::seize(tid, ptrace::Options::TRACE_SYSGOOD))
+                {
+                    Ok(()) => {}
+                    Err(error) if error.is_gone() => continue,
+                    Err(error) => return Err(explain_seize(&process.proc, process.pid, tid, error)),
+                }
+                seized.push(tid);
+            }
+            match ptrace::interrupt(tid) {
+                Err(error) if error.is_gone() => continue,
+                outcome => outcome?,
+            }
+            asked.push(tid);
+        }
+        for tid in asked {
+            if let Some(stop) = settle(tid)? {
+                process.job_stopped = process.job_stopped.or(stop.job_control());
+                process.threads.push(tid);
+            }
+        }
+    }
+    Err(CaptureError::Unstable { root: process.pid })
 }
 
 struct Settled {

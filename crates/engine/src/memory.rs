@@ -5,10 +5,11 @@
 use limosa_image::{Checkpoint, Extent, Sink, SpaceId};
 use limosa_kernel::memory::{self, ForeignMemory, Range};
 
-use crate::error::CaptureError;
+use crate::error::{CaptureError, RestoreError};
 use crate::pieces::{Piece, Pieces};
 use crate::resources::mapping::MappingState;
 use crate::sharing::OwnRuns;
+use crate::state::{Body, Pages};
 use crate::view::ProcessView;
 
 const PAGE: usize = 4096;
@@ -161,6 +162,37 @@ pub fn has_pages(extents: &[Extent], inherited: &[Piece], mapping: &MappingState
     let heir = inherited.partition_point(|piece| piece.end <= mapping.start);
     extents.get(first).is_some_and(|extent| extent.start < mapping.end())
         || inherited.get(heir).is_some_and(|piece| piece.start < mapping.end())
+}
+
+/// Whether pages are put into the mapping of `body` from outside.
+pub fn fills(checkpoint: &Checkpoint, body: &Body, mapping: &MappingState) -> bool {
+    let extents = checkpoint.extents(body.pages.own());
+    let has_pages = has_pages(extents, body.pages.inherited(), mapping);
+    mapping.is_private() && (has_pages || body.vdso.touches(mapping))
+}
+
+/// Gives what is stored of `range` of a process's memory to `use_bytes`, with the address of each part: what it inherits
+/// first, and what is its own last. Checked, like everything read.
+pub fn read_stored(
+    checkpoint: &Checkpoint,
+    pages: &Pages,
+    (from, to): (u64, u64),
+    mut use_bytes: impl FnMut(u64, &[u8]),
+) -> Result<(), RestoreError> {
+    let inherited = pages.inherited().iter().filter_map(|piece| piece.within(from, to));
+    let own = Piece { space: pages.own(), start: from, end: to };
+    let mut buffer = Vec::new();
+    for piece in inherited.chain([own]) {
+        let extents = checkpoint.extents(piece.space);
+        let first = extents.partition_point(|extent| extent.end() <= piece.start);
+        for extent in extents[first..].iter().take_while(|extent| extent.start < piece.end) {
+            let (start, end) = (extent.start.max(piece.start), extent.end().min(piece.end));
+            buffer.resize((end - start) as usize, 0);
+            checkpoint.read_pages(extent, start - extent.start..end - extent.start, &mut buffer)?;
+            use_bytes(start, &buffer);
+        }
+    }
+    Ok(())
 }
 
 /// Which pages of `pieces` are stored: the others are what their mappings make of them.

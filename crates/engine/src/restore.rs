@@ -38,7 +38,7 @@ use crate::plan::{Kin, NodeId, Plan, Role};
 use crate::report::Report;
 use crate::resources::DescriptorState;
 use crate::resources::mapping::{self, Backing};
-use crate::resources::{shared_memory, terminal};
+use crate::resources::{shared_memory, terminal, vdso};
 use crate::state::{Body, Life, Pages, Process, TREE, Tree};
 
 pub(crate) use inside::Inside;
@@ -85,9 +85,10 @@ pub struct Planned<'a> {
 impl<'a> Planned<'a> {
     /// Reads and checks the tree's state.
     pub fn new(checkpoint: &'a Checkpoint, options: Options) -> Result<Self, RestoreError> {
-        let tree: Tree = checkpoint.state(TREE)?;
+        let mut tree: Tree = checkpoint.state(TREE)?;
         check(&tree)?;
         check_pages(&tree, checkpoint)?;
+        vdso::adapt(&mut tree, checkpoint)?;
         let plan = Plan::new(&Kin::of(&tree))?;
         Ok(Self { checkpoint, tree, plan, options })
     }

@@ -69,7 +69,7 @@ pub fn survey(views: &[ProcessView], processes: &mut [Process]) -> Result<Vec<Ow
 fn populated(view: &ProcessView, body: &Body) -> Result<Vec<Vec<PageRun>>, CaptureError> {
     let mut scanner = PagemapScanner::open(view.proc)?;
     let scan = |mapping: &MappingState| -> Result<Vec<PageRun>, CaptureError> {
-        if !mapping.is_private() {
+        if !mapping.is_private() || mapping.is_droppable() {
             return Ok(Vec::new());
         }
         Ok(scanner.populated(mapping.start..mapping.end())?)

@@ -12,6 +12,7 @@ use crate::resources::file_locks::FileLock;
 use crate::resources::mapping::MappingState;
 use crate::resources::shared_memory::SharedObject;
 use crate::resources::terminal::Terminal;
+use crate::resources::vdso::{Adaptation, VdsoState};
 use crate::resources::{DescriptorState, LateState, NamespaceState, ProcessState, ThreadState};
 
 /// Name of the section that holds the [`Tree`].
@@ -31,6 +32,9 @@ pub struct Tree {
     pub terminals: Vec<Terminal>,
     /// The namespaces that are not the host's, and what is in them.
     pub namespaces: NamespaceState,
+    /// The vDSO of the kernel that the tree ran on.
+    #[serde(default)]
+    pub vdso: Option<VdsoState>,
     /// Name of the packet lock that is left behind if the checkpoint ended the tree.
     #[serde(default)]
     pub packet_lock: Option<String>,
@@ -95,6 +99,9 @@ pub struct Body {
     pub state: ProcessState,
     /// What a process has one of and needs its threads.
     pub late: LateState,
+    /// What this kernel's vDSO demands; no part of a checkpoint.
+    #[serde(skip)]
+    pub vdso: Adaptation,
 }
 
 /// Where the private pages of a process are. A page is what is stored for it in the process's own space; if nothing is,

@@ -82,6 +82,22 @@ pub fn map_vdso() -> Result<()> {
     }
 }
 
+/// `MAP_DROPPABLE` (Linux 6.11; mmap(2)): memory that the kernel may drop, for states of random number generators.
+pub fn droppable_memory() -> Result<()> {
+    const MAP_DROPPABLE: i32 = 0x08;
+    fault::point();
+    // SAFETY: maps fresh memory that nothing refers to, and unmaps it again.
+    unsafe {
+        let flags = MAP_DROPPABLE | libc::MAP_ANONYMOUS;
+        let at = libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, flags, -1, 0);
+        if at == libc::MAP_FAILED {
+            return Err(Error::last("mmap(MAP_DROPPABLE)", "the calling process"));
+        }
+        libc::munmap(at, 4096);
+    }
+    Ok(())
+}
+
 /// The features of userfaultfd(2): the `UFFD_FEATURE_*` bits that this kernel has.
 pub fn userfaultfd_features() -> Result<u64> {
     const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;

@@ -16,10 +16,12 @@ mod arena;
 mod program;
 mod resident;
 mod vdso;
+mod vdso_image;
 mod visit;
 
 pub use arena::{Arena, ArenaError, Slice};
 pub use program::{Arg, CallId, Data, Outcome, Program, ProgramError, RenderedProgram};
 pub use resident::{Birth, Resident, ResidentError, Running};
 pub use vdso::{Vdso, elf_extent};
+pub use vdso_image::{VdsoFunction, VdsoImage};
 pub use visit::{Visit, VisitError, step_out_of_stub};

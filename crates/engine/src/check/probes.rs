@@ -33,7 +33,7 @@ const fn probe(area: Area, name: &'static str, lost: &'static str, attempt: fn()
     Probe { name, area, lost, attempt }
 }
 
-pub(super) const PROBES: [Probe; 30] = [
+pub(super) const PROBES: [Probe; 31] = [
     probe(Area::Essential, "ptrace(PTRACE_SEIZE)", "no process can be frozen", || traced(|_| Ok(()))),
     probe(Area::Essential, "clone3(set_tid)", "processes and threads cannot get their IDs back", || {
         said(probe::clone_with_pid())
@@ -72,6 +72,12 @@ pub(super) const PROBES: [Probe; 30] = [
     probe(Area::Essential, "ptrace(PTRACE_PEEKSIGINFO)", "pending signals are lost", || {
         traced(|pid| said(ptrace::pending_signals(pid, true)))
     }),
+    probe(
+        Area::Memory,
+        "mmap(MAP_DROPPABLE)",
+        "memory that may be dropped becomes ordinary memory, which is still wiped in children",
+        || said(probe::droppable_memory()),
+    ),
     probe(Area::Memory, "PAGEMAP_SCAN", "finding the pages of large sparse memory is slow", pagemap_scan),
     probe(Area::Memory, "userfaultfd", "no lazy restore and no post-copy", || userfault(0)),
     probe(Area::Memory, "userfaultfd WP_ASYNC", "no dirty tracking: no pre-copy", || userfault(1 << 15)),

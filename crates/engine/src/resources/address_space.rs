@@ -95,6 +95,11 @@ const MAP_SIZE: usize = 104;
 const EXECUTABLE_OFFSET: usize = 100;
 
 impl AddressSpace {
+    /// The break: the end of the heap, which grows upwards.
+    pub(crate) fn heap_end(&self) -> u64 {
+        self.bounds[5]
+    }
+
     /// Captures an executable that no path leads to any more.
     pub fn capture_deleted(
         &mut self,

@@ -7,14 +7,15 @@ use limosa_puppet::Program;
 use serde::{Deserialize, Serialize};
 
 use super::shared_memory::{SharedObjects, is_segment, is_shared_memory};
+use super::vdso;
 use crate::error::{CaptureError, Refusal, RestoreError};
 use crate::view::ProcessView;
 
-/// `ARCH_MAP_VDSO_64` of arch_prctl(2).
-const ARCH_MAP_VDSO_64: i32 = 0x2003;
 const PR_SET_VMA: i32 = 0x5356_4d41;
 const MAP_FIXED_NOREPLACE: i32 = 0x10_0000;
 const MLOCK_ONFAULT: i32 = 1;
+/// Memory that the kernel may drop (Linux 6.11).
+const MAP_DROPPABLE: i32 = 0x08;
 
 /// Advice that the kernel shows of a mapping, and the madvise(2) that gives it.
 const ADVICE: [(VmFlags, i32); 8] = [
@@ -50,7 +51,7 @@ pub struct MappingState {
     pub protection: u32,
     /// What it shows.
     pub backing: Backing,
-    /// `MAP_GROWSDOWN`, `MAP_NORESERVE`
+    /// `MAP_GROWSDOWN`, `MAP_NORESERVE`, `MAP_DROPPABLE`
     pub flags: i32,
     /// madvise(2) values in force.
     pub advice: Vec<i32>,
@@ -108,6 +109,12 @@ impl MappingState {
         }
     }
 
+    /// Whether its content need not come back: the kernel may turn it into zeros at any time. A restore always does,
+    /// as fork(2) does to children: random numbers made of it must not be made twice.
+    pub fn is_droppable(&self) -> bool {
+        self.flags & MAP_DROPPABLE != 0
+    }
+
     /// Whether absent pages read as zeros, so that pages of zeros need not be stored.
     pub fn starts_as_zeros(&self) -> bool {
         matches!(self.backing, Backing::Anonymous)
@@ -115,8 +122,7 @@ impl MappingState {
 
     /// All mappings of a process that cannot be carried.
     pub(crate) fn refusals(process: &ProcessView, shared: &mut SharedObjects) -> Vec<Refusal> {
-        use MappingName::{Vdso, Vsyscall, Vvar, VvarVclock};
-        let ordinary = |mapping: &&Mapping| !matches!(mapping.name, Vdso | Vsyscall | Vvar | VvarVclock);
+        let ordinary = |mapping: &&Mapping| mapping.name != MappingName::Vsyscall && !vdso::is_part(mapping);
         let mut sizes = FileSizes::default();
         let captured = process
             .mappings
@@ -124,6 +130,7 @@ impl MappingState {
             .filter(ordinary)
             .map(|one| Self::capture(process, one, shared, &mut sizes));
         captured
+            .chain([vdso::capture(process)])
             .filter_map(|outcome| match outcome {
                 Err(CaptureError::Refused(refusal)) => Some(*refusal),
                 _ => None,
@@ -138,17 +145,13 @@ impl MappingState {
         for mapping in &process.mappings {
             match &mapping.name {
                 MappingName::Vsyscall => {}
-                // The vDSO's data pages lie right below its code; the kernel maps all of them together.
-                MappingName::Vvar | MappingName::VvarVclock => states.push(special(mapping, 0)),
-                MappingName::Vdso => {
-                    let mut code = vec![0; mapping.len() as usize];
-                    limosa_kernel::memory::read(process.pid, mapping.start, &mut code)?;
-                    states.push(special(mapping, vdso_digest(&code)));
-                }
+                // The kernel maps its data together with it.
+                MappingName::Vdso => states.push(vdso::capture(process)?),
+                _ if vdso::is_part(mapping) => {}
                 _ => states.push(Self::capture(process, mapping, shared, &mut sizes)?),
             }
         }
-        Ok(join_vdso(states))
+        Ok(states)
     }
 
     fn capture<'a>(
@@ -207,6 +210,9 @@ impl MappingState {
         if flags.contains(VmFlags::NO_RESERVE) {
             mapping_flags |= libc::MAP_NORESERVE;
         }
+        if flags.contains(VmFlags::DROPPABLE) {
+            mapping_flags |= MAP_DROPPABLE;
+        }
         Ok(Self {
             start: mapping.start,
             length: mapping.len(),
@@ -244,6 +250,9 @@ impl MappingState {
                 program.call("attach a System V segment", libc::SYS_shmat, arguments);
                 return;
             }
+            Backing::Anonymous if self.is_droppable() && may_be_dropped() => {
+                (MAP_DROPPABLE | libc::MAP_ANONYMOUS, 0)
+            }
             Backing::Anonymous => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, 0),
             Backing::SharedMemory(_, offset) => (libc::MAP_SHARED, *offset),
             Backing::PrivateView(_, offset) => (libc::MAP_PRIVATE, *offset),
@@ -251,8 +260,7 @@ impl MappingState {
                 (if file.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE }, file.offset)
             }
             Backing::Vdso(_) => {
-                let arguments = [ARCH_MAP_VDSO_64.into(), self.start.into()];
-                program.call("map the vDSO", libc::SYS_arch_prctl, arguments);
+                vdso::map(self.start, program);
                 return;
             }
         };
@@ -261,7 +269,7 @@ impl MappingState {
             self.start.into(),
             self.length.into(),
             protection.into(),
-            (kind | self.flags | MAP_FIXED_NOREPLACE).into(),
+            (kind | self.flags & !MAP_DROPPABLE | MAP_FIXED_NOREPLACE).into(),
             descriptor.unwrap_or(-1).into(),
             offset.into(),
         ];
@@ -294,42 +302,11 @@ impl MappingState {
     }
 }
 
-fn special(mapping: &Mapping, digest: u64) -> MappingState {
-    MappingState {
-        start: mapping.start,
-        length: mapping.len(),
-        protection: mapping.prot.bits(),
-        backing: Backing::Vdso(digest),
-        flags: 0,
-        advice: Vec::new(),
-        locked: None,
-        name: None,
-    }
-}
-
-/// Joins the vDSO's parts, which are neighbours, to one.
-fn join_vdso(states: Vec<MappingState>) -> Vec<MappingState> {
-    let mut joined: Vec<MappingState> = Vec::with_capacity(states.len());
-    for state in states {
-        if let (Backing::Vdso(digest), Some(last)) = (&state.backing, joined.last_mut())
-            && let Backing::Vdso(before) = &mut last.backing
-            && last.start + last.length == state.start
-        {
-            *before ^= digest;
-            last.length += state.length;
-        } else {
-            joined.push(state);
-        }
-    }
-    joined
-}
-
-/// FNV-1a of the vDSO as its sections describe it: what lies behind them is where visits leave their stub.
-pub fn vdso_digest(image: &[u8]) -> u64 {
-    let used = limosa_puppet::elf_extent(image).unwrap_or(image.len());
-    image[..used].iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
+/// Whether this kernel knows memory that may be dropped. Where it does not, that memory is an ordinary one, which the
+/// advice that goes with it still keeps from children and dumps.
+fn may_be_dropped() -> bool {
+    static KNOWN: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *KNOWN.get_or_init(|| limosa_kernel::probe::droppable_memory().is_ok())
 }
 
 /// Sizes of mapped files: a library is mapped in five parts. By device, inode and path, because overlayfs may show one

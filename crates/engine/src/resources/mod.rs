@@ -28,6 +28,7 @@ pub mod mapping;
 pub mod namespaces;
 mod paths;
 pub mod shared_memory;
+pub mod vdso;
 
 pub use context::{CaptureContext, Holder, RebuildContext};
 pub use namespaces::NamespaceState;

@@ -63,6 +63,18 @@ pub fn hide_interruption(tid: i32) -> Result<(), CaptureError> {
     Ok(())
 }
 
+impl ThreadRegisters {
+    /// Where the thread goes on.
+    pub fn instruction_pointer(&self) -> u64 {
+        self.general[16]
+    }
+
+    /// The top of its stack.
+    pub fn stack_pointer(&self) -> u64 {
+        self.general[19]
+    }
+}
+
 impl ThreadAttribute for ThreadRegisters {
     type Asked = ();
 

@@ -20,6 +20,7 @@ use crate::plan::Role;
 use crate::report::Report;
 use crate::resources::context::Holder;
 use crate::resources::mapping::Backing;
+use crate::resources::vdso;
 use crate::state::{Body, Life, Process, Tree};
 
 const CLONE_THREAD_FLAGS: u64 = (libc::CLONE_VM
@@ -52,6 +53,10 @@ pub(crate) fn build_all(
             if let Life::Alive(body) = &process.life {
                 let parts = missing(nursery.heritage.of(index), body, checkpoint);
                 report.page_bytes += load::load(nursery, index, checkpoint, &parts)?;
+                let pid = nursery.puppets[index].pid();
+                for (address, bytes) in &body.vdso.patches {
+                    limosa_kernel::memory::write(pid, *address, bytes)?;
+                }
             }
         }
         Ok(())
@@ -67,9 +72,9 @@ pub(crate) fn build_all(
     })
 }
 
-/// What a process that shares pages with others keeps of what it is born with, and gets.
+/// What a process that shares pages with others keeps of what it is born with, and gets; or one that does not need all.
 pub(super) fn settlement(trust: &Trust, body: &Body, checkpoint: &Checkpoint) -> Option<Settlement> {
-    let alone = trust.is_empty() && body.pages.inherited().is_empty();
+    let alone = trust.is_empty() && body.pages.inherited().is_empty() && body.vdso.left_out.is_none();
     (!alone).then(|| trust.settle(body, checkpoint))
 }
 
@@ -143,13 +148,11 @@ pub(super) fn mapping_program(
     descriptors::receive(&mut program, socket_number, received);
     let settlement = settlement(trust, body, checkpoint).unwrap_or_default();
     trust.apply(&settlement, body, &mut program);
-    let extents = checkpoint.extents(body.pages.own());
     for (index, (mapping, number)) in body.mappings.iter().zip(mapped.numbers).enumerate() {
         if settlement.kept.get(index) == Some(&true) {
             continue;
         }
-        let writable = mapping.is_private() && memory::has_pages(extents, body.pages.inherited(), mapping);
-        mapping.map(&mut program, number, writable);
+        mapping.map(&mut program, number, memory::fills(checkpoint, body, mapping));
     }
     if !body.huge_pages.is_empty() {
         let all = || memory::stored(checkpoint, &heritage::whole(body.pages.own()));
@@ -183,9 +186,6 @@ fn make_mappings(
             source,
         })
     };
-    for mapping in &body.mappings {
-        check_vdso(&mapping.backing)?;
-    }
     let mut sent = Vec::with_capacity(received);
     for backing in Mapped::of(body).distinct {
         let descriptor = objects
@@ -204,6 +204,9 @@ fn make_mappings(
     descriptors::send(&nursery.socket, &borrowed)?;
     let (puppet, arena) = nursery.puppet(index);
     puppet.run(arena, program)?;
+    if body.vdso.is_needed() {
+        vdso::check_place(puppet.pid(), &body.mappings)?;
+    }
     Ok(())
 }
 
@@ -216,28 +219,6 @@ fn same_object(a: &Backing, b: &Backing) -> bool {
         (Backing::File(a), Backing::File(b)) => a.path == b.path && a.writable == b.writable,
         _ => false,
     }
-}
-
-/// The vDSO is this kernel's; a checkpoint that had another one cannot use it.
-fn check_vdso(backing: &Backing) -> Result<(), RestoreError> {
-    use std::sync::OnceLock;
-    static OWN: OnceLock<Option<u64>> = OnceLock::new();
-    let Backing::Vdso(digest) = backing else { return Ok(()) };
-    let own = OWN.get_or_init(|| {
-        let proc = limosa_kernel::proc::ProcDir::open(std::process::id() as i32).ok()?;
-        let maps = proc.maps().ok()?;
-        let vdso = maps.iter().find(|mapping| mapping.name == limosa_kernel::proc::MappingName::Vdso)?;
-        let mut image = vec![0; vdso.len() as usize];
-        limosa_kernel::memory::read(std::process::id() as i32, vdso.start, &mut image).ok()?;
-        Some(crate::resources::mapping::vdso_digest(&image))
-    });
-    if *own == Some(*digest) {
-        return Ok(());
-    }
-    Err(RestoreError::Unsupported {
-        what: "the vDSO of the checkpoint".into(),
-        why: "this kernel has another one; restore on the kernel version of the checkpoint".into(),
-    })
 }
 
 /// Ghosts and zombies end, now that all groups have their members; ghosts are reaped by their parents.
@@ -325,13 +306,9 @@ pub(super) fn final_program(
     mut deliver: impl FnMut(i32, Program) -> Result<Cradle, RestoreError>,
 ) -> Result<Program, RestoreError> {
     let mut program = Program::new();
-    let extents = checkpoint.extents(body.pages.own());
     for (at, mapping) in body.mappings.iter().enumerate() {
-        let was_writable = memory::has_pages(extents, body.pages.inherited(), mapping);
-        mapping.finish(
-            &mut program,
-            finishing.kept.get(at) == Some(&true) || mapping.is_private() && was_writable,
-        );
+        let kept = finishing.kept.get(at) == Some(&true);
+        mapping.finish(&mut program, kept || memory::fills(checkpoint, body, mapping));
     }
     descriptors::place(&mut program, finishing.socket_number, &body.descriptors);
     let first_held: Vec<_> =

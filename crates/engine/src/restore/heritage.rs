@@ -313,9 +313,10 @@ impl Trust {
 
     /// What a process keeps of its estates, and what it is to get in addition.
     pub(crate) fn settle(&self, body: &Body, checkpoint: &Checkpoint) -> Settlement {
-        let own = memory::stored(checkpoint, &whole(body.pages.own()));
+        let left_out = body.vdso.left_out.as_slice();
+        let own = memory::stored(checkpoint, &whole(body.pages.own())).outside_of(left_out);
         let inherited = body.pages.inherited().iter().copied().collect::<Pieces>();
-        let inherited = inherited.outside_of(&own.addresses());
+        let inherited = inherited.outside_of(&own.addresses()).outside_of(left_out);
         let mut kept = vec![false; body.mappings.len()];
         let missing = |kept_pages: &Pieces| {
             let others = memory::stored(checkpoint, &inherited.without(kept_pages));

@@ -8,6 +8,8 @@
 use std::arch::global_asm;
 use std::sync::LazyLock;
 
+pub mod redirect;
+
 /// Stops right before the walker's labels are repeated: the walker needs `finish` and `child` after it.
 macro_rules! walker {
     ($prefix:literal) => {

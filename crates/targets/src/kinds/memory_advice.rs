@@ -1,4 +1,4 @@
-//! What `madvise(2)` and `mlock(2)` said about a mapping, as the kernel shows it in `/proc/self/smaps`.
+//! What `madvise(2)`, `mlock(2)` and `MAP_DROPPABLE` said about a mapping, as the kernel shows it in `/proc/self/smaps`.
 
 use anyhow::{Context, Result, ensure};
 
@@ -41,6 +41,7 @@ pub fn set_up(_: &Setting) -> Result<Box<Verify>> {
         "the kernel does not show a mapping locked on fault"
     );
     regions.extend([locked, on_fault]);
+    let droppable = droppable(seed + 2)?;
 
     let expected = sys::mappings(&regions)?;
     Ok(Box::new(move || {
@@ -48,8 +49,28 @@ pub fn set_up(_: &Setting) -> Result<Box<Verify>> {
         for (seed, region) in regions.iter().enumerate() {
             sys::compare("content", region.bytes(), &sys::pattern(LENGTH, seed as u64))?;
         }
+        if let Some((region, flags)) = &droppable {
+            sys::compare_lines("droppable memory", &sys::mappings(&[*region])?, flags)?;
+            // Whole, or gone: a page of it never comes back as something else.
+            for (page, expected) in
+                region.bytes().chunks(PAGE).zip(sys::pattern(LENGTH, seed + 2).chunks(PAGE))
+            {
+                ensure!(page == expected || page == [0; PAGE], "droppable memory has changed");
+            }
+        }
         Ok(String::new())
     }))
+}
+
+/// Memory that the kernel may drop (Linux 6.11), and how it shows it; none on older kernels.
+fn droppable(seed: u64) -> Result<Option<(Region, String)>> {
+    const MAP_DROPPABLE: i32 = 0x08;
+    let Ok(mut region) = Region::map(LENGTH, libc::PROT_READ | libc::PROT_WRITE, MAP_DROPPABLE, None) else {
+        return Ok(None);
+    };
+    sys::fill(region.bytes_mut(), seed);
+    ensure!(has_flag(region, "dp")?, "the kernel does not show droppable memory");
+    Ok(Some((region, sys::mappings(&[region])?)))
 }
 
 fn fresh(seed: u64) -> Result<Region> {

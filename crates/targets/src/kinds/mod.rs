@@ -29,6 +29,7 @@ mod terminal;
 mod threads;
 mod timers;
 mod tree;
+mod vdso;
 mod watchers;
 
 use anyhow::Result;
@@ -79,6 +80,7 @@ const KINDS: &[(&str, SetUp)] = &[
     ("threads", threads::set_up),
     ("timers", timers::set_up),
     ("tree", tree::set_up),
+    ("vdso", vdso::set_up),
     ("watchers", watchers::set_up),
 ];
 
