@@ -3,10 +3,11 @@
 //! A kind is in one of three lists: it makes the round trip; it is refused, with a reason, and goes on; or it is known to
 //! come back with something missing (ignored, with what is missing). When a room is built or mended, its kind moves.
 
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{Result, ensure};
 use limosa_e2e::limosa::{self, Source};
 use limosa_e2e::programs::Python;
 use limosa_e2e::round_trip::{refused, round_trip, round_trip_of};
@@ -110,28 +111,87 @@ fn python() {
     sandboxed(|sandbox| round_trip_of(sandbox, &Python::start(sandbox)?.into_target()));
 }
 
-/// The program that shows the terminal, `script`, is not in the tree.
-#[test]
-fn a_terminal_shown_by_others_is_refused() {
-    sandboxed(|sandbox| {
-        let mut script = Command::new("script")
-            .args(["-qc", "exec sleep 1000", "/dev/null"])
+/// A program on a terminal that `script`, which is not in its tree, shows.
+struct Shown {
+    script: Child,
+    program: Pid,
+    terminal: PathBuf,
+}
+
+impl Shown {
+    fn start() -> Result<Self> {
+        let script = Command::new("script")
+            .args(["-qc", "stty -echo; exec sleep 1000", "/dev/null"])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()?;
         let children = format!("/proc/{0}/task/{0}/children", script.id());
-        let shown = wait_for("a program on a terminal", Duration::from_secs(5), || {
+        let program = wait_for("a program on a terminal", Duration::from_secs(5), || {
             let children = std::fs::read_to_string(&children)?;
             let child = children.split_whitespace().next().and_then(|pid| pid.parse().ok());
             let command = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
             Ok(child.filter(|pid| command(*pid) == "sleep\n").and_then(Pid::from_raw))
         })?;
-        let said = limosa::checkpoint(sandbox, shown, &sandbox.path("out"), Source::Ends, &[])?;
-        script.kill()?;
-        script.wait()?;
+        Ok(Self { script, program, terminal: terminal_of(program)? })
+    }
+
+    fn end(mut self) -> Result<()> {
+        self.script.kill()?;
+        self.script.wait()?;
+        Ok(())
+    }
+}
+
+fn terminal_of(program: Pid) -> Result<PathBuf> {
+    Ok(std::fs::read_link(format!("/proc/{}/fd/0", program.as_raw_pid()))?)
+}
+
+#[test]
+fn a_terminal_shown_by_others_is_refused() {
+    sandboxed(|sandbox| {
+        let shown = Shown::start()?;
+        let said = limosa::checkpoint(sandbox, shown.program, &sandbox.path("out"), Source::Ends, &[])?;
+        shown.end()?;
         sandbox.end_all()?;
         ensure!(said.status == Some(1) && said.err.contains("whoever shows this terminal"), "{said:?}");
+        ensure!(said.err.contains("--external tty="), "no remedy: {said:?}");
         Ok(())
+    });
+}
+
+/// Named with `--external`, it is another one after the restore, with the settings of the former.
+#[test]
+fn a_terminal_shown_by_others_is_bound_to_another() {
+    sandboxed(|sandbox| {
+        let (from, to) = (Shown::start()?, Shown::start()?);
+        let named = |terminal: &Path| format!("--external=tty={}", terminal.display());
+        let echoes = |terminal: &Path| -> Result<bool> {
+            let terminal = std::fs::File::open(terminal)?;
+            Ok(rustix::termios::tcgetattr(terminal)?.local_modes.contains(rustix::termios::LocalModes::ECHO))
+        };
+        let out = sandbox.path("out");
+        ensure!(!echoes(&from.terminal)?, "stty has done nothing");
+        limosa::checkpoint(sandbox, from.program, &out, Source::Ends, &[&named(&from.terminal)])?
+            .success("checkpoint")?;
+        let changed = Command::new("stty").arg("echo").stdin(std::fs::File::open(&to.terminal)?).status()?;
+        ensure!(changed.success() && echoes(&to.terminal)?, "stty has done nothing");
+        for _ in 0..2 {
+            let restored = limosa::restore(sandbox, &out, &[&named(&to.terminal)])?;
+            ensure!(
+                restored == from.program && terminal_of(restored)? == to.terminal,
+                "not on the other terminal"
+            );
+            ensure!(!echoes(&to.terminal)?, "the terminal's settings were not put back");
+            rustix::process::kill_process(restored, rustix::process::Signal::KILL)?;
+            wait_for("its end", Duration::from_secs(5), || {
+                Ok(rustix::process::waitpid(Some(restored), rustix::process::WaitOptions::NOHANG)?)
+            })?;
+        }
+        let missing = limosa::run(sandbox, ["restore".as_ref(), out.as_os_str()])?;
+        ensure!(missing.status == Some(1) && missing.err.contains("--external tty=PATH"), "{missing:?}");
+        from.end()?;
+        to.end()?;
+        sandbox.end_all()
     });
 }
 

@@ -48,6 +48,7 @@ impl FromStr for Target {
 #[command(after_help = "Examples:\n  \
     limosa checkpoint pid:1234 --out /var/tmp/ck\n  \
     limosa checkpoint web --out /var/tmp/web.1 --leave-running\n  \
+    limosa checkpoint pid:1234 --out /var/tmp/ck --external tty=/dev/pts/5\n  \
     limosa checkpoint pid:1234 --out /var/tmp/ck --external log=/var/log/job.log --trace /tmp/trace.json")]
 pub struct Checkpoint {
     /// NAME of a container, or pid:N for the process tree rooted at N.
@@ -70,8 +71,8 @@ pub struct Checkpoint {
     #[arg(long, value_enum, value_name = "HOW", default_value = "refuse")]
     unaccepted: NotAccepted,
 
-    /// A file outside the mounts of the process tree or container that it may have open; restore needs the same KEY. May
-    /// be given several times.
+    /// A file outside the mounts of the process tree or container, or a terminal that is shown outside it, that it may
+    /// have open; restore needs the same KEY. May be given several times.
     #[arg(long, value_name = "KEY=PATH", value_parser = super::key_and_path)]
     external: Vec<(String, PathBuf)>,
 

@@ -1,5 +1,6 @@
 //! `limosa restore`.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -12,7 +13,8 @@ use limosa_kernel::signals::Signals;
 use limosa_kernel::task;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
+use rustix::termios::{self, OptionalActions, Termios};
 use serde::Serialize;
 
 use crate::commands::guard::Posted;
@@ -27,6 +29,7 @@ use crate::watched::{self, Reading};
     limosa restore /var/tmp/ck\n  \
     limosa restore /var/tmp/ck --detach --pidfile /run/ck.pid\n  \
     limosa restore /var/tmp/ck --external log=/var/log/job.log\n  \
+    limosa restore /var/tmp/ck --external tty=$(tty)\n  \
     limosa restore /var/tmp/ck --explain | less")]
 pub struct Restore {
     /// The checkpoint's directory.
@@ -82,10 +85,11 @@ impl Restore {
         super::require_root("restore", 1)?;
         let signals = watched::hold_back();
         let (checkpoint, reading) = Reading::watch(checkpoint, signals);
+        let lent = if self.detach || self.external.is_empty() { None } else { Lent::take()? };
         let root = if limosa_container::holds_container(&checkpoint) {
             self.container(context, &checkpoint, &reading, &mut report)?
         } else {
-            self.process_tree(&checkpoint, &reading, &mut report)?
+            self.process_tree(&checkpoint, &reading, lent.as_ref(), &mut report)?
         };
         self.conclude(context, root, report, signals)
     }
@@ -94,6 +98,7 @@ impl Restore {
         &self,
         checkpoint: &Checkpoint,
         reading: &Reading,
+        lent: Option<&Lent>,
         report: &mut Report,
     ) -> Result<i32, Failure> {
         if self.name.is_some() {
@@ -108,6 +113,9 @@ impl Restore {
         let planned = report.phase("plan", |_| restore::Planned::new(checkpoint, options))?;
         let loaded = planned.build(report);
         let loaded = reading.conclude(loaded)?;
+        if let Some(lent) = lent {
+            lent.give(loaded.root());
+        }
         self.write_pidfile(loaded.root())?;
         Ok(loaded.start(report).inspect_err(|_| self.remove_pidfile())?.root)
     }
@@ -170,6 +178,42 @@ impl Restore {
             return Ok(ExitCode::SUCCESS);
         }
         wait_for(root, signals)
+    }
+}
+
+/// Our terminal, lent to a tree that was a job of a shell elsewhere. Dropped, it is ours again as it was.
+struct Lent {
+    former: Termios,
+    /// While this lives, the terminal can be taken back from the background.
+    _signals: Signals,
+}
+
+impl Lent {
+    /// Notes how our terminal is, if we have one.
+    fn take() -> anyhow::Result<Option<Self>> {
+        let input = std::io::stdin();
+        if !input.is_terminal() {
+            return Ok(None);
+        }
+        let signals = Signals::gather(&[Signal::TTOU.as_raw()])?;
+        Ok(Some(Self { former: termios::tcgetattr(&input)?, _signals: signals }))
+    }
+
+    /// Puts the process group of `pid` in the foreground. In another session there is nothing to lend.
+    fn give(&self, pid: i32) {
+        let group = Pid::from_raw(pid).and_then(|pid| rustix::process::getpgid(Some(pid)).ok());
+        if let Some(group) = group
+            && let Err(error) = termios::tcsetpgrp(std::io::stdin(), group)
+        {
+            tracing::debug!(%error, "the terminal is not lent");
+        }
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let _ = termios::tcsetpgrp(std::io::stdin(), rustix::process::getpgrp());
+        let _ = termios::tcsetattr(std::io::stdin(), OptionalActions::Drain, &self.former);
     }
 }
 

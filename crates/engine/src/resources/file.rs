@@ -217,7 +217,8 @@ fn reopening_flags(flags: u32) -> OFlags {
     (OFlags::from_bits_retain(flags & !0o100_000) - once) | OFlags::NOCTTY
 }
 
-fn open_external(key: &str, flags: OFlags, context: &RebuildContext) -> Result<OwnedFd, RestoreError> {
+/// Opens the file outside the tree's root that restore was told takes the place of `key`.
+pub(super) fn open_external(key: &str, flags: OFlags, context: &RebuildContext) -> Result<OwnedFd, RestoreError> {
     let file = |reason: String| RestoreError::File { path: format!("external file {key}"), reason };
     let path = context
         .externals

@@ -7,6 +7,10 @@
 //! more the checkpoint is refused. So it is when a slave has input that its program could read. Input of a line that
 //! is not finished (canonical mode) does not travel: the kernel shows it to nobody. `/dev/tty` comes back as the
 //! terminal that it stood for. Output that is stopped by `^S` goes on.
+//!
+//! A terminal whose master is outside the tree, as that of a job of a shell, is carried if the caller names it
+//! (`--external`): the restored processes get the terminal that the caller of the restore names, with the settings of
+//! the former. Only a session of the tree's own would have it as controlling terminal; that it loses.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -17,7 +21,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use serde::{Deserialize, Serialize};
 
-use super::{CaptureContext, DescriptorKind, RebuildContext};
+use super::{CaptureContext, DescriptorKind, RebuildContext, file};
 use crate::error::{CaptureError, RestoreError};
 use crate::view::{DescriptionView, ProcessView};
 
@@ -64,6 +68,20 @@ pub struct TerminalEnd {
     pub terminal: usize,
     /// Whether it is the master.
     pub master: bool,
+    /// The terminal that it is, if somebody outside the tree shows it.
+    #[serde(default)]
+    pub external: Option<External>,
+}
+
+/// A terminal that somebody outside the tree shows. Restore is told which one takes its place.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct External {
+    /// Its key.
+    pub key: String,
+    /// As in [`Terminal`].
+    pub modes: [u32; 6],
+    /// As in [`Terminal`].
+    pub characters: [u8; 19],
 }
 
 /// The terminals of a tree while it is captured.
@@ -96,7 +114,8 @@ fn end_of(view: &DescriptionView) -> Option<Result<(u32, bool), CaptureError>> {
 }
 
 fn outside(view: &DescriptionView) -> CaptureError {
-    let remedy = "redirect it to files, or run the program in a terminal multiplexer and checkpoint that";
+    let remedy = "name it with --external tty=/dev/pts/N here and at the restore, redirect it to files, or checkpoint \
+        the terminal multiplexer that it runs in";
     view.refuse("whoever shows this terminal is not in the tree", remedy).into()
 }
 
@@ -110,6 +129,14 @@ impl DescriptorKind for TerminalEnd {
             Some(end) => end?,
             None => return Err(outside(view)),
         };
+        let shown = |other: &DescriptionView| matches!(end_of(other), Some(Ok(end)) if end == (index, true));
+        if !context.descriptions.iter().any(shown)
+            && let Some(key) = external_key(view, index, context)
+        {
+            let settings = terminal::settings(&view.descriptor)?;
+            let external = Some(External { key, modes: modes(settings), characters: settings.characters });
+            return Ok(Self { terminal: 0, master: false, external });
+        }
         let terminal = match context.terminals.by_index.get(&index) {
             Some(known) => *known,
             None => {
@@ -120,10 +147,13 @@ impl DescriptorKind for TerminalEnd {
                 terminal
             }
         };
-        Ok(Self { terminal, master })
+        Ok(Self { terminal, master, external: None })
     }
 
     fn rebuild(&self, flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
+        if let Some(external) = &self.external {
+            return external.open(flags, context);
+        }
         let missing = || RestoreError::inconsistent(format!("there is no terminal {}", self.terminal));
         let terminal = context.terminals.get(self.terminal).ok_or_else(missing)?;
         if self.master {
@@ -133,10 +163,54 @@ impl DescriptorKind for TerminalEnd {
                 source,
             });
         }
-        let kept = OFlags::from_bits_retain(flags) & (OFlags::ACCMODE | OFlags::NONBLOCK);
-        let flags = kept | OFlags::NOCTTY | OFlags::CLOEXEC;
-        Ok(terminal::open_slave(&terminal.master, flags.bits() as i32)?)
+        Ok(terminal::open_slave(&terminal.master, opening_flags(flags).bits() as i32)?)
     }
+}
+
+fn opening_flags(flags: u32) -> OFlags {
+    let kept = OFlags::from_bits_retain(flags) & (OFlags::ACCMODE | OFlags::NONBLOCK);
+    kept | OFlags::NOCTTY | OFlags::CLOEXEC
+}
+
+/// The key of a terminal that is shown outside the tree: by the descriptor's file, or, where that is `/dev/tty`, by
+/// the terminal that it stands for.
+fn external_key(view: &DescriptionView, index: u32, context: &CaptureContext) -> Option<String> {
+    use std::os::unix::fs::MetadataExt;
+    let key = |device, inode| context.externals.get(&(device, inode)).cloned();
+    key(view.stat.st_dev, view.stat.st_ino).or_else(|| {
+        let node = std::fs::metadata(format!("/proc/{}/root/dev/pts/{index}", view.process.pid)).ok()?;
+        key(node.dev(), node.ino())
+    })
+}
+
+impl External {
+    /// Opens the terminal that takes its place, and gives it its settings.
+    fn open(&self, flags: u32, context: &RebuildContext) -> Result<OwnedFd, RestoreError> {
+        let terminal = file::open_external(&self.key, opening_flags(flags), context)?;
+        if !rustix::termios::isatty(&terminal) {
+            let (path, reason) = (format!("external file {}", self.key), "it is not a terminal".into());
+            return Err(RestoreError::File { path, reason });
+        }
+        // Not from the background: the kernel would stop Limosa for it (SIGTTOU).
+        let foreground = rustix::termios::tcgetpgrp(&terminal);
+        if foreground.is_ok_and(|group| group != rustix::process::getpgrp()) {
+            tracing::warn!("the settings of a terminal are left as they are: another process group is in its foreground");
+            return Ok(terminal);
+        }
+        terminal::set_settings(&terminal, settings(self.modes, self.characters))?;
+        Ok(terminal)
+    }
+}
+
+/// `c_iflag`, `c_oflag`, `c_cflag`, `c_lflag`, speed of input and of output.
+fn modes(settings: Settings) -> [u32; 6] {
+    let Settings { input, output, control, local, input_speed, output_speed, .. } = settings;
+    [input, output, control, local, input_speed, output_speed]
+}
+
+fn settings(modes: [u32; 6], characters: [u8; 19]) -> Settings {
+    let [input, output, control, local, input_speed, output_speed] = modes;
+    Settings { input, output, control, local, line: N_TTY, characters, input_speed, output_speed }
 }
 
 impl Terminal {
@@ -165,14 +239,7 @@ impl Terminal {
         let node = slave.filter(|slave| rustix::fs::major(slave.stat.st_rdev) == SLAVES);
         Ok(Self {
             index,
-            modes: [
-                settings.input,
-                settings.output,
-                settings.control,
-                settings.local,
-                settings.input_speed,
-                settings.output_speed,
-            ],
+            modes: modes(settings),
             characters: settings.characters,
             size: [rows, columns, width, height],
             packet_mode: terminal::packet_mode(&master.descriptor)?,
@@ -184,12 +251,6 @@ impl Terminal {
             session: None,
             foreground: None,
         })
-    }
-
-    fn settings(&self) -> Settings {
-        let [input, output, control, local, input_speed, output_speed] = self.modes;
-        let characters = self.characters;
-        Settings { input, output, control, local, line: N_TTY, characters, input_speed, output_speed }
     }
 }
 
@@ -258,7 +319,7 @@ impl Terminal {
         let flags = (OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC).bits() as i32;
         let needed = self.slave.is_some() || self.session.is_some() || self.hung_up;
         let slave = if needed { Some(terminal::open_slave(&master, flags)?) } else { None };
-        terminal::set_settings(&master, self.settings())?;
+        terminal::set_settings(&master, settings(self.modes, self.characters))?;
         let [rows, columns, width, height] = self.size;
         terminal::set_size(&master, Size { rows, columns, width, height })?;
         if let (Some(slave), Some((mode, user, group))) = (&slave, self.slave) {
