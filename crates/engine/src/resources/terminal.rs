@@ -285,11 +285,15 @@ impl Terminals {
     pub fn finish(mut self, views: &[ProcessView]) -> Vec<Terminal> {
         for view in views {
             let Some((_, index)) = view.stat.tty().filter(|(major, _)| *major == SLAVES) else { continue };
+            let leads = view.status.ns_sid.last() == Some(&view.own_pid);
             let Some(terminal) = self.by_index.get(&index).and_then(|known| self.terminals.get_mut(*known)) else {
-                tracing::warn!(pid = view.pid, index, "its controlling terminal is not in the tree and will be missing");
+                // Others have that of the session which they come back in.
+                if leads {
+                    tracing::warn!(pid = view.pid, index, "its session's terminal is not in the tree and will be missing");
+                }
                 continue;
             };
-            if view.status.ns_sid.last() == Some(&view.own_pid) {
+            if leads {
                 terminal.session = Some(view.own_pid);
                 let member = views.iter().find(|member| member.stat.pgrp == view.stat.tpgid);
                 terminal.foreground = member.and_then(|member| member.status.ns_pgid.last().copied());
