@@ -13,7 +13,7 @@ use limosa_puppet::VdsoImage;
 use limosa_puppet::arch::redirect;
 
 const PAGE: usize = 4096;
-const READ_EXECUTE: u32 = 1 | 4;
+const READ_EXECUTE: i32 = 1 | 4;
 /// `AT_SYSINFO_EHDR`: where a process is told its vDSO is.
 const AT_SYSINFO_EHDR: u64 = 33;
 
@@ -140,10 +140,15 @@ impl Parts {
         body.mappings.retain(|mapping| mapping.start != start && mapping.start != data);
         for mapping in &mut body.mappings {
             if let Backing::Vdso(_) = mapping.backing {
-                *mapping = plain(own_start, own.length, Backing::Anonymous);
+                *mapping = MappingState::plain(own_start, own.length, READ_EXECUTE, Backing::Anonymous);
             }
         }
-        body.mappings.push(plain(data, start + length - data, Backing::Vdso(vdso.digest)));
+        body.mappings.push(MappingState::plain(
+            data,
+            start + length - data,
+            READ_EXECUTE,
+            Backing::Vdso(vdso.digest),
+        ));
         body.mappings.sort_by_key(|mapping| mapping.start);
         for (kind, value) in &mut body.state.address_space.auxv {
             if *kind == AT_SYSINFO_EHDR {
@@ -155,11 +160,6 @@ impl Parts {
         self.tree.vdso = Some(vdso);
         Ok(start)
     }
-}
-
-fn plain(start: u64, length: u64, backing: Backing) -> MappingState {
-    let (advice, locked, name) = (Vec::new(), None, None);
-    MappingState { start, length, protection: READ_EXECUTE, backing, flags: 0, advice, locked, name }
 }
 
 /// A vDSO that no kernel ever had: functions that are plain system calls, in another order and at other offsets than

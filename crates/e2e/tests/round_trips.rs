@@ -47,6 +47,7 @@ round_trips! {
     memory_advice: "memory-advice";
     memory_file: "memory-file";
     memory_forked: "memory-forked";
+    memory_guarded: "memory-guarded";
     memory_huge: "memory-huge";
     memory_huge_forked: "memory-huge" "forked";
     memory_shared: "memory-shared";

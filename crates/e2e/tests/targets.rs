@@ -29,6 +29,7 @@ targets! {
     memory_advice: "memory-advice";
     memory_file: "memory-file";
     memory_forked: "memory-forked";
+    memory_guarded: "memory-guarded";
     memory_huge: "memory-huge";
     memory_shared: "memory-shared";
     misc: "misc";

@@ -40,12 +40,12 @@ pub struct Run {
 /// The pages of a process that its own space is to hold, by mapping.
 pub type OwnRuns = Vec<Vec<Run>>;
 
-/// Finds all private pages of all processes: writes what each inherits and which are huge into its state, and gives what is to be stored of
-/// each (nothing of one that has ended).
+/// Finds all private pages of all processes: writes what each inherits, which are huge and which are guards into its state,
+/// and gives what is to be stored of each (nothing of one that has ended).
 pub fn survey(views: &[ProcessView], processes: &mut [Process]) -> Result<Vec<OwnRuns>, CaptureError> {
     let mut found = Vec::with_capacity(processes.len());
-    for (view, process) in views.iter().zip(&*processes) {
-        found.push(match &process.life {
+    for (view, process) in views.iter().zip(&mut *processes) {
+        found.push(match &mut process.life {
             Life::Alive(body) => populated(view, body)?,
             Life::Zombie { .. } => Vec::new(),
         });
@@ -66,15 +66,18 @@ pub fn survey(views: &[ProcessView], processes: &mut [Process]) -> Result<Vec<Ow
     Ok(stored)
 }
 
-fn populated(view: &ProcessView, body: &Body) -> Result<Vec<Vec<PageRun>>, CaptureError> {
+/// The pages of each mapping; the guard regions in it are written into its state.
+fn populated(view: &ProcessView, body: &mut Body) -> Result<Vec<Vec<PageRun>>, CaptureError> {
     let mut scanner = PagemapScanner::open(view.proc)?;
-    let scan = |mapping: &MappingState| -> Result<Vec<PageRun>, CaptureError> {
+    let scan = |mapping: &mut MappingState| -> Result<Vec<PageRun>, CaptureError> {
         if !mapping.is_private() || mapping.is_droppable() {
             return Ok(Vec::new());
         }
-        Ok(scanner.populated(mapping.start..mapping.end())?)
+        let (runs, guards) = scanner.populated_and_guards(mapping.start..mapping.end())?;
+        mapping.guards = guards.into_iter().map(|run| (run.start, run.end)).collect();
+        Ok(runs)
     };
-    body.mappings.iter().map(scan).collect()
+    body.mappings.iter_mut().map(scan).collect()
 }
 
 /// The huge pages of private anonymous memory.

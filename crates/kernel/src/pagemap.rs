@@ -231,9 +231,49 @@ impl PagemapScanner {
         self.populated_by(range, &Filter::OWN_DATA.for_anonymous())
     }
 
+    /// The same as [`Self::populated`], and the guard regions (`MADV_GUARD_INSTALL`, Linux 6.13) in the range.
+    pub fn populated_and_guards(&mut self, range: Range<u64>) -> Result<(Vec<PageRun>, Vec<PageRun>)> {
+        let filter = Filter {
+            none_of: Filter::OWN_DATA.none_of.difference(Categories::GUARD),
+            report: Filter::OWN_DATA.report.union(Categories::GUARD),
+            ..Filter::OWN_DATA
+        };
+        let only_guards = Filter {
+            all_of: Categories::GUARD,
+            none_of: Categories::empty(),
+            any_of: Categories::empty(),
+            ..filter
+        };
+        let (mut found, mut guards) = (Vec::new(), Vec::new());
+        if !self.has_scan() {
+            self.scan(range.clone(), &only_guards, &mut guards)?;
+            return Ok((self.populated(range)?, guards));
+        }
+        self.scan(range, &filter, &mut found)?;
+        if !self.known.contains(Categories::GUARD) {
+            // This kernel's scan counts them as swapped; the words of the file tell them apart since 6.15.
+            for run in found.iter().filter(|run| run.categories.contains(Categories::SWAPPED)) {
+                self.scan_words(run.start..run.end, &only_guards, None, &mut guards)?;
+            }
+        }
+        found.retain(|run| {
+            let guard = run.categories.contains(Categories::GUARD);
+            if guard {
+                guards.push(*run);
+            }
+            !guard
+        });
+        Ok((self.see_through(found, &Filter::OWN_DATA)?, guards))
+    }
+
     fn populated_by(&mut self, range: Range<u64>, filter: &Filter) -> Result<Vec<PageRun>> {
         let mut found = Vec::new();
         self.scan(range, filter, &mut found)?;
+        self.see_through(found, filter)
+    }
+
+    /// Leaves out of what a scan found what only looks swapped.
+    fn see_through(&self, found: Vec<PageRun>, filter: &Filter) -> Result<Vec<PageRun>> {
         if !self.has_scan() || found.iter().all(|run| !run.categories.contains(Categories::SWAPPED)) {
             return Ok(found);
         }

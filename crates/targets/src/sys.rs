@@ -106,6 +106,12 @@ impl Region {
         check(i64::from(unsafe { libc::madvise(self.address as *mut _, self.length, advice) })).map(|_| ())
     }
 
+    /// `mseal(2)`.
+    pub fn seal(self) -> io::Result<()> {
+        // SAFETY: takes numbers only, and keeps the content.
+        check(unsafe { libc::syscall(libc::SYS_mseal, self.address, self.length, 0) }).map(|_| ())
+    }
+
     /// `mprotect(2)`.
     pub fn protect(self, protection: i32) -> io::Result<()> {
         // SAFETY: callers stop using what they protect.

@@ -16,6 +16,8 @@ const MAP_FIXED_NOREPLACE: i32 = 0x10_0000;
 const MLOCK_ONFAULT: i32 = 1;
 /// Memory that the kernel may drop (Linux 6.11).
 const MAP_DROPPABLE: i32 = 0x08;
+/// Access is fatal from now on (Linux 6.13).
+const MADV_GUARD_INSTALL: i32 = 102;
 
 /// Advice that the kernel shows of a mapping, and the madvise(2) that gives it.
 const ADVICE: [(VmFlags, i32); 8] = [
@@ -30,14 +32,13 @@ const ADVICE: [(VmFlags, i32); 8] = [
 ];
 
 /// Flags of mappings that cannot be carried, and why.
-const UNSUPPORTED: [(VmFlags, &str, &str); 7] = [
+const UNSUPPORTED: [(VmFlags, &str, &str); 6] = [
     (VmFlags::PFN_MAP, "it maps device memory", "close the device before the checkpoint"),
     (VmFlags::IO, "it maps device memory", "close the device before the checkpoint"),
     (VmFlags::HUGETLB, "it maps hugetlbfs pages", "use transparent huge pages (madvise) instead"),
     (VmFlags::UFFD_MISSING, "a userfaultfd serves it", "end the use of userfaultfd first"),
     (VmFlags::UFFD_MINOR, "a userfaultfd serves it", "end the use of userfaultfd first"),
     (VmFlags::SHADOW_STACK, "it is a shadow stack", "run the program without shadow stacks"),
-    (VmFlags::SEALED, "it is sealed by mseal", "run the program without sealed memory"),
 ];
 
 /// A mapping.
@@ -59,6 +60,12 @@ pub struct MappingState {
     pub locked: Option<i32>,
     /// Its name, given by `PR_SET_VMA_ANON_NAME`.
     pub name: Option<serde_bytes::ByteBuf>,
+    /// Ranges in it whose access is fatal (`MADV_GUARD_INSTALL`): start and end.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub guards: Vec<(u64, u64)>,
+    /// Whether mseal(2) forbids to change it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sealed: bool,
 }
 
 /// What a mapping shows.
@@ -95,6 +102,22 @@ pub struct MappedFile {
 }
 
 impl MappingState {
+    /// One without flags, advice, locks or name.
+    pub fn plain(start: u64, length: u64, protection: i32, backing: Backing) -> Self {
+        Self {
+            start,
+            length,
+            protection: protection as u32,
+            backing,
+            flags: 0,
+            advice: Vec::new(),
+            locked: None,
+            name: None,
+            guards: Vec::new(),
+            sealed: false,
+        }
+    }
+
     /// First address behind it.
     pub fn end(&self) -> u64 {
         self.start + self.length
@@ -231,6 +254,8 @@ impl MappingState {
                 MappingName::AnonName(name) => Some(name.clone().into()),
                 _ => None,
             },
+            guards: Vec::new(),
+            sealed: flags.contains(VmFlags::SEALED),
         })
     }
 
@@ -296,8 +321,26 @@ impl MappingState {
             // Only a label, and only with CONFIG_ANON_VMA_NAME.
             program.try_call("name a mapping", libc::SYS_prctl, arguments);
         }
+        for (start, end) in &self.guards {
+            let arguments = [(*start).into(), end.saturating_sub(*start).into(), MADV_GUARD_INSTALL.into()];
+            program.call("guard a part of a mapping", libc::SYS_madvise, arguments);
+        }
         if let Some(flags) = self.locked {
-            program.call("lock a mapping", libc::SYS_mlock2, [start.into(), length.into(), flags.into()]);
+            let arguments = [start.into(), length.into(), flags.into()];
+            if self.guards.is_empty() {
+                program.call("lock a mapping", libc::SYS_mlock2, arguments);
+            } else {
+                // It locks the mapping, and then fails to fault in what is guarded, as it did for the program.
+                program.try_call("lock a mapping", libc::SYS_mlock2, arguments);
+            }
+        }
+    }
+
+    /// Adds the call after which nothing about the mapping can be changed any more.
+    pub fn seal(&self, program: &mut Program) {
+        if self.sealed {
+            let arguments = [self.start.into(), self.length.into(), 0.into()];
+            program.call("seal a mapping", libc::SYS_mseal, arguments);
         }
     }
 }
@@ -359,7 +402,7 @@ pub fn check(mappings: &[MappingState]) -> Result<(), RestoreError> {
         let end = mapping.start.checked_add(mapping.length).filter(|end| *end <= TASK_SIZE);
         let aligned = mapping.start % 4096 == 0 && mapping.length % 4096 == 0 && mapping.length > 0;
         match end {
-            Some(end) if aligned && mapping.start >= free_from => free_from = end,
+            Some(end) if aligned && mapping.start >= free_from && guards_fit(mapping) => free_from = end,
             _ => {
                 let what = format!("mapping at {:#x} of {:#x} bytes", mapping.start, mapping.length);
                 return Err(RestoreError::inconsistent(what));
@@ -367,4 +410,9 @@ pub fn check(mappings: &[MappingState]) -> Result<(), RestoreError> {
         }
     }
     Ok(())
+}
+
+/// Whether guard regions lie in their mapping.
+fn guards_fit(mapping: &MappingState) -> bool {
+    mapping.guards.iter().all(|(start, end)| mapping.start <= *start && start < end && *end <= mapping.end())
 }

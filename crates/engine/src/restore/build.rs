@@ -345,6 +345,9 @@ pub(super) fn final_program(
     }
     body.late.rebuild(&mut program);
     body.threads[0].state.rebuild(&mut program);
+    for mapping in &body.mappings {
+        mapping.seal(&mut program);
+    }
     Ok(program)
 }
 

@@ -11,6 +11,7 @@ mod memory;
 mod memory_advice;
 mod memory_file;
 mod memory_forked;
+mod memory_guarded;
 mod memory_huge;
 mod memory_shared;
 mod misc;
@@ -62,6 +63,7 @@ const KINDS: &[(&str, SetUp)] = &[
     ("memory-advice", memory_advice::set_up),
     ("memory-file", memory_file::set_up),
     ("memory-forked", memory_forked::set_up),
+    ("memory-guarded", memory_guarded::set_up),
     ("memory-huge", memory_huge::set_up),
     ("memory-shared", memory_shared::set_up),
     ("misc", misc::set_up),

@@ -166,15 +166,11 @@ impl Face {
 
     /// The mapping of a new one. Its name is for people who look at the process.
     fn mapping(&self) -> MappingState {
+        let Range { start, end } = self.range;
+        let protection = libc::PROT_READ | libc::PROT_EXEC;
         MappingState {
-            start: self.range.start,
-            length: self.range.end - self.range.start,
-            protection: (libc::PROT_READ | libc::PROT_EXEC) as u32,
-            backing: Backing::Anonymous,
-            flags: 0,
-            advice: Vec::new(),
-            locked: None,
             name: Some(b"old vdso".to_vec().into()),
+            ..MappingState::plain(start, end - start, protection, Backing::Anonymous)
         }
     }
 

@@ -115,16 +115,8 @@ pub(crate) fn is_part(mapping: &Mapping) -> bool {
 
 /// This kernel's vDSO, with its data at `start`.
 fn mapping_at(start: u64, own: &Own) -> MappingState {
-    MappingState {
-        start,
-        length: own.length(),
-        protection: (libc::PROT_READ | libc::PROT_EXEC) as u32,
-        backing: Backing::Vdso(own.state.digest),
-        flags: 0,
-        advice: Vec::new(),
-        locked: None,
-        name: None,
-    }
+    let protection = libc::PROT_READ | libc::PROT_EXEC;
+    MappingState::plain(start, own.length(), protection, Backing::Vdso(own.state.digest))
 }
 
 /// Adds the call that maps this kernel's vDSO, with its data at `start`.

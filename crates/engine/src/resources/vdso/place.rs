@@ -29,16 +29,7 @@ mod tests {
     use super::*;
 
     fn mapping(start: u64, end: u64, flags: i32) -> MappingState {
-        MappingState {
-            start,
-            length: end - start,
-            protection: 3,
-            backing: Backing::Anonymous,
-            flags,
-            advice: Vec::new(),
-            locked: None,
-            name: None,
-        }
+        MappingState { flags, ..MappingState::plain(start, end - start, 3, Backing::Anonymous) }
     }
 
     #[test]
