@@ -140,7 +140,7 @@ fn sweep_ending_source(sandbox: &Sandbox, kind: &str, moments: u64) -> Result<()
     let planned = points(total, 15, 40 + moments);
     // Which numbers the operations between the rename and the source's end have varies from run to run by some: it
     // goes on around there until one was hit.
-    let around_the_end = (0..100).map(|turn| total + 4 - turn % (16 + moments));
+    let around_the_end = (0..100 + moments).map(|turn| total + 4 - turn % (16 + moments));
     for (turn, number) in planned.iter().copied().chain(around_the_end).enumerate() {
         if turn >= planned.len() && complete > ended && ended > 0 {
             break;
@@ -182,7 +182,7 @@ fn checkpoint_that_ends_its_source() {
 /// Its processes are ended one after the other: all of them, also when Limosa is killed at one of them.
 #[test]
 fn checkpoint_that_ends_a_tree() {
-    sandboxed(|sandbox| sweep_ending_source(sandbox, "tree", 80));
+    sandboxed(|sandbox| sweep_ending_source(sandbox, "tree", 130));
 }
 
 /// Killed restores of a checkpoint of `kind` leave nothing, or, at the very end, the whole tree.

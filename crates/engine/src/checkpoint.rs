@@ -125,7 +125,7 @@ pub fn capture(
     report.page_bytes += bytes;
     let packet_lock = Some(network::left_behind(root));
     let terminals = terminals.finish(&views);
-    let vdso = vdso::own().map(|own| own.state.clone());
+    let vdso = vdso::own()?.map(|own| own.state.clone());
     let tree = Tree { processes, descriptions, shared_objects, terminals, namespaces, vdso, packet_lock };
     report.processes = tree.processes.len();
     report.threads = tree.living().map(|(_, body)| body.threads.len()).sum();

@@ -116,7 +116,7 @@ fn is_made_by_vdso(number: i64) -> bool {
 fn code(process: &FrozenProcess) -> Result<Vec<Range<u64>>, CaptureError> {
     let auxv = process.proc.auxv()?;
     let start = auxv.iter().find(|(kind, _)| *kind == vdso::AT_SYSINFO_EHDR).map_or(0, |(_, start)| *start);
-    if let Some(own) = vdso::own() {
+    if let Some(own) = vdso::own()? {
         let mut image = vec![0; own.state.image.len()];
         if memory::read(process.pid, start, &mut image).is_ok() && image == own.state.image {
             return Ok(std::iter::once(start..start.saturating_add(own.state.length)).collect());

@@ -92,7 +92,7 @@ fn adapt_process(
     if parts.next().is_some() {
         return Err(unsupported(format!("the vDSO of process {pid}"), "the process has taken it apart"));
     }
-    let Some(own) = own() else {
+    let Some(own) = own()? else {
         return Err(unsupported("a vDSO", "this kernel runs without one; boot it without vdso=0"));
     };
     if old_digest == own.state.digest {

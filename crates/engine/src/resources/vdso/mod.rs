@@ -61,19 +61,25 @@ impl Own {
 }
 
 /// This kernel's vDSO; none on a kernel that runs without.
-pub(crate) fn own() -> Option<&'static Own> {
+pub(crate) fn own() -> limosa_kernel::Result<Option<&'static Own>> {
     static OWN: OnceLock<Option<Own>> = OnceLock::new();
-    OWN.get_or_init(|| {
-        let pid = std::process::id() as i32;
-        let maps = ProcDir::open(pid).ok()?.maps().ok()?;
-        let code = maps.iter().find(|mapping| mapping.name == MappingName::Vdso)?;
-        let mut image = vec![0; code.len() as usize];
-        memory::read(pid, code.start, &mut image).ok()?;
-        image.truncate(limosa_puppet::elf_extent(&image)?);
-        let state = VdsoState::new(code.len(), image);
-        Some(Own { state, data_length: code.start - lowest_neighbour(code, &maps) })
-    })
-    .as_ref()
+    if let Some(known) = OWN.get() {
+        return Ok(known.as_ref());
+    }
+    let found = find_own()?;
+    Ok(OWN.get_or_init(|| found).as_ref())
+}
+
+fn find_own() -> limosa_kernel::Result<Option<Own>> {
+    let pid = std::process::id() as i32;
+    let maps = ProcDir::open(pid)?.maps()?;
+    let Some(code) = maps.iter().find(|mapping| mapping.name == MappingName::Vdso) else { return Ok(None) };
+    let mut image = vec![0; code.len() as usize];
+    memory::read(pid, code.start, &mut image)?;
+    let Some(extent) = limosa_puppet::elf_extent(&image) else { return Ok(None) };
+    image.truncate(extent);
+    let state = VdsoState::new(code.len(), image);
+    Ok(Some(Own { state, data_length: code.start - lowest_neighbour(code, &maps) }))
 }
 
 /// Where the data below the vDSO's code begins.
@@ -94,7 +100,7 @@ pub(crate) fn capture(process: &ProcessView) -> Result<MappingState, CaptureErro
         Refusal::mapping(process.pid, code.start, code.name.to_string(), reason, remedy).into()
     };
     let own =
-        own().ok_or_else(|| refuse("Limosa has none to compare it with", "run Limosa on that kernel"))?;
+        own()?.ok_or_else(|| refuse("Limosa has none to compare it with", "run Limosa on that kernel"))?;
     let start = lowest_neighbour(code, &process.mappings);
     let parts = process.mappings.iter().filter(|mapping| is_part(mapping));
     if code.end - start != own.length() || parts.map(Mapping::len).sum::<u64>() != own.length() {
@@ -127,7 +133,7 @@ pub(crate) fn map(start: u64, program: &mut Program) {
 /// The kernel takes the address for a hint; jumps to it that have been computed do not.
 pub(crate) fn check_place(pid: i32, mappings: &[MappingState]) -> Result<(), RestoreError> {
     let wanted = mappings.iter().find(|mapping| matches!(mapping.backing, Backing::Vdso(_)));
-    let (Some(wanted), Some(own)) = (wanted, own()) else { return Ok(()) };
+    let (Some(wanted), Some(own)) = (wanted, own()?) else { return Ok(()) };
     let maps = ProcDir::open(pid)?.maps()?;
     let code = maps.iter().find(|mapping| mapping.name == MappingName::Vdso);
     if code.is_some_and(|code| code.start == wanted.start.saturating_add(own.data_length)) {
