@@ -209,23 +209,7 @@ fn refuse_sharing(frozen: &Frozen) -> Result<(), CaptureError> {
 
 /// What can be seen of every process from outside.
 fn views(frozen: &Frozen) -> Result<Vec<ProcessView<'_>>, CaptureError> {
-    frozen
-        .processes
-        .iter()
-        .map(|process| {
-            let status = process.proc.status()?;
-            let zombie = status.state == TaskState::Zombie;
-            Ok(ProcessView {
-                pid: process.pid,
-                own_pid: status.ns_pid.last().copied().unwrap_or(process.pid),
-                proc: &process.proc,
-                stat: process.proc.stat()?,
-                mappings: if zombie { Vec::new() } else { process.proc.smaps()? },
-                status,
-                mounts: OnceCell::new(),
-            })
-        })
-        .collect()
+    frozen.processes.iter().map(|process| Ok(ProcessView::look(process.pid, &process.proc)?)).collect()
 }
 
 fn ask_all(

@@ -7,7 +7,6 @@
 //! Rooms whose capture does nothing but look ([`LOOKING`]) are asked for their refusals; of the others, whose
 //! capture reads queues or stops packets, only whether they recognise the descriptor.
 
-use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet};
 use std::io::Read;
 use std::time::Duration;
@@ -48,7 +47,7 @@ pub fn look(root: i32, options: &Options) -> Result<Vec<Refusal>, CaptureError> 
     let mut shared = SharedObjects::default();
     let mut views = Vec::with_capacity(members.len());
     for member in &members {
-        match view(member) {
+        match ProcessView::look(member.pid, &member.proc) {
             Ok(view) => views.push(view),
             Err(error) if member.pid == root => return Err(error.into()),
             Err(error) => tracing::debug!(pid = member.pid, %error, "not looked at"),
@@ -100,20 +99,6 @@ pub(crate) fn members(root: i32) -> Result<Vec<Member>, CaptureError> {
         index += 1;
     }
     Ok(members)
-}
-
-fn view(member: &Member) -> limosa_kernel::Result<ProcessView<'_>> {
-    let status = member.proc.status()?;
-    let zombie = status.state == TaskState::Zombie;
-    Ok(ProcessView {
-        pid: member.pid,
-        own_pid: status.ns_pid.last().copied().unwrap_or(member.pid),
-        proc: &member.proc,
-        stat: member.proc.stat()?,
-        mappings: if zombie { Vec::new() } else { member.proc.smaps()? },
-        status,
-        mounts: OnceCell::new(),
-    })
 }
 
 /// A process can have one tracer only.

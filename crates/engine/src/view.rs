@@ -4,7 +4,7 @@ use std::cell::OnceCell;
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 
-use limosa_kernel::proc::{FdInfo, Mapping, ProcDir, Stat, Status};
+use limosa_kernel::proc::{FdInfo, Mapping, ProcDir, Stat, Status, TaskState};
 
 /// A frozen process.
 #[derive(Debug)]
@@ -23,6 +23,23 @@ pub struct ProcessView<'a> {
     pub mappings: Vec<Mapping>,
     /// IDs of the mounts in its mount namespace, once somebody has asked.
     pub mounts: OnceCell<HashSet<i32>>,
+}
+
+impl<'a> ProcessView<'a> {
+    /// What can be seen of process `pid`, whose directory is `proc`, from outside. One that has ended has no mappings.
+    pub(crate) fn look(pid: i32, proc: &'a ProcDir) -> limosa_kernel::Result<Self> {
+        let status = proc.status()?;
+        let zombie = status.state == TaskState::Zombie;
+        Ok(Self {
+            pid,
+            own_pid: status.ns_pid.last().copied().unwrap_or(pid),
+            proc,
+            stat: proc.stat()?,
+            mappings: if zombie { Vec::new() } else { proc.smaps()? },
+            status,
+            mounts: OnceCell::new(),
+        })
+    }
 }
 
 /// A stopped thread.
