@@ -162,7 +162,9 @@ fn stop_threads(seized: &mut Vec<i32>, process: &mut FrozenProcess) -> Result<()
     }
     // Those that were stopped and ran on may have ended, or be another program's by now, and run.
     process.threads.retain(|tid| ptrace::registers(*tid).is_ok());
-    for _ in 0..ROUNDS {
+    let started = Instant::now();
+    let mut rounds = 0;
+    while rounds < ROUNDS && started.elapsed() < PATIENCE {
         let fresh: Vec<i32> =
             process.proc.tasks()?.into_iter().filter(|tid| !process.threads.contains(tid)).collect();
         if fresh.is_empty() {
@@ -189,11 +191,21 @@ fn stop_threads(seized: &mut Vec<i32>, process: &mut FrozenProcess) -> Result<()
             }
             asked.push(tid);
         }
+        let stopped = process.threads.len();
         for tid in asked {
             if let Some(stop) = settle(tid)? {
                 process.job_stopped = process.job_stopped.or(stop.job_control());
                 process.threads.push(tid);
             }
+        }
+        if process.threads.len() > stopped {
+            rounds += 1;
+        } else if process.proc.status()?.state == TaskState::Zombie {
+            process.threads.clear();
+            return Ok(());
+        } else {
+            // All that are left are on their way out, which takes as long as giving back their memory.
+            std::thread::sleep(Duration::from_micros(100));
         }
     }
     Err(CaptureError::Unstable { root: process.pid })
