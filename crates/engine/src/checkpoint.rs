@@ -422,12 +422,7 @@ fn ask_close_on_exec(view: &ProcessView, body: &mut Body, unclear: &[usize]) -> 
         calls.push(program.call("ask for a descriptor's flags", libc::SYS_fcntl, arguments));
     }
     let question = |source| CaptureError::Question { pid: view.pid, source };
-    let memory = ForeignMemory::open(view.pid)?;
-    let vdso = locate_vdso(view, &memory)?;
-    let mut visit =
-        Visit::begin(view.pid, view.pid, vdso, &memory, view.status.signals.caught, program.size())?;
-    let outcome = visit.run(program)?;
-    visit.end()?;
+    let outcome = run_inside(view, program)?;
     for (index, call) in unclear.iter().zip(calls) {
         let flags = outcome.result(call).map_err(question)?;
         body.descriptors[*index].close_on_exec = flags & libc::FD_CLOEXEC as u64 != 0;
