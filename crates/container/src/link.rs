@@ -1,15 +1,21 @@
 //! A container's interface: a veth pair, `eth0` inside, the other end a port of the host's bridge.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
 use limosa_kernel::net::announce::announce;
-use limosa_kernel::net::rtnetlink::netlink_packet_route::link::LinkMessage;
+use limosa_kernel::net::rtnetlink::netlink_packet_route::link::{
+    LinkAttribute, LinkFlags, LinkMessage, State,
+};
 use limosa_kernel::net::rtnetlink::{LinkChange, Rtnetlink, Veth, link_address};
 
 use crate::config::{Name, Network};
 
 /// The interface's name inside the container.
 pub const INTERFACE: &str = "eth0";
+/// How long the kernel may take to let a link carry packets; usually it is a tenth of a millisecond.
+const OPERATION: Duration = Duration::from_secs(2);
+const PAUSE: Duration = Duration::from_micros(200);
 
 /// The name of the host's end for a container: at most 15 bytes, recognizable, not used yet.
 pub(crate) fn host_name(name: &Name) -> String {
@@ -48,7 +54,31 @@ pub(crate) fn create(
 pub(crate) fn set_up(host_name: &str, up: bool) -> Result<(), LinkError> {
     let mut host = Rtnetlink::open()?;
     let index = find(&mut host, host_name)?.header.index;
-    Ok(host.set_link(index, LinkChange { up: Some(up), ..LinkChange::default() })?)
+    host.set_link(index, LinkChange { up: Some(up), ..LinkChange::default() })?;
+    if up { await_operation(&mut host, host_name).map(drop) } else { Ok(()) }
+}
+
+/// Waits until a link whose other end is there carries packets: the kernel lets it only some time after it says that
+/// the carrier is there (`net/core/link_watch.c`), and drops until then what is sent. A lost ARP request is repeated
+/// after a second.
+fn await_operation(connection: &mut Rtnetlink, name: &str) -> Result<LinkMessage, LinkError> {
+    let limit = Instant::now() + OPERATION;
+    loop {
+        let link = find(connection, name)?;
+        let carrier = link.header.flags.contains(LinkFlags::LowerUp);
+        let state = link.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::OperState(state) => Some(*state),
+            _ => None,
+        });
+        if !carrier || state == Some(State::Up) {
+            return Ok(link);
+        }
+        if Instant::now() > limit {
+            tracing::warn!(name, ?state, "an interface is slow to carry packets");
+            return Ok(link);
+        }
+        std::thread::sleep(PAUSE);
+    }
 }
 
 /// Deletes the pair, if it still exists in the calling thread's network namespace.
@@ -103,7 +133,7 @@ pub(crate) fn hardware_address(pid: i32) -> Result<[u8; 6], LinkError> {
 /// Announces the addresses of `eth0` of the calling thread's network namespace on its link.
 pub(crate) fn announce_all(network: &Network) -> Result<(), LinkError> {
     let mut inside = Rtnetlink::open()?;
-    let link = find(&mut inside, INTERFACE)?;
+    let link = await_operation(&mut inside, INTERFACE)?;
     let mac = link_address(&link).and_then(|address| address.try_into().ok()).unwrap_or_default();
     for address in &network.addresses {
         announce(link.header.index, mac, address.address)?;

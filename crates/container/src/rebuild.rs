@@ -172,12 +172,16 @@ impl Prepared {
     pub fn start(self, registry: &Registry, report: &mut Report) -> Result<Restored, RebuildError> {
         registry.save(&self.record)?;
         // Connected only when it is sure to stay: sockets of one that ends after all would say so to their peers.
-        let connect = || Ok::<_, RebuildError>(self.shell.connect()?);
+        let connect = || {
+            self.shell.connect()?;
+            // Before its first packets, so that the answers find their way.
+            if let Err(error) = self.shell.announce() {
+                // Its neighbours will find out by themselves, later.
+                tracing::warn!(%error, "the container's addresses could not be announced");
+            }
+            Ok::<_, RebuildError>(())
+        };
         let started = self.loaded.start_with(report, connect)?;
-        if let Err(error) = self.shell.announce() {
-            // The container runs; its neighbours will find out by themselves, later.
-            tracing::warn!(%error, "the container's addresses could not be announced");
-        }
         self.shell.keep();
         self.reservation.keep();
         Ok(Restored { pid: started.root, name: self.record.config.name })

@@ -4,7 +4,8 @@
 //! capture:  frozen ─► lock packets ─► snapshot all connections ─► rooms ─► … ─► release: unlock, run on
 //!                                                                          └─► end: kill, abandon the sockets silently,
 //!                                                                              leave a lock that times out (host's namespace)
-//! restore:  lock packets ─► rebuild, in repair mode ─► … ─► start: remove locks, leave repair mode, run
+//! restore:  lock packets ─► rebuild, in repair mode ─► … ─► leave repair mode ─► commit: the tree stays, whatever becomes
+//!                                                           of us ─► interface up ─► unlock, probe the peers ─► run
 //! ```
 //!
 //! The lock belongs to a descriptor of Limosa's and falls with it, also by `kill -9` (see `limosa_kernel::net::nft`);
@@ -252,12 +253,21 @@ fn is_connected(view: &DescriptionView) -> bool {
 /// Something to be done with a socket when the tree starts.
 pub(crate) type Starter = Box<dyn FnOnce() -> Result<(), RestoreError>>;
 
-/// What must be held until a restored tree starts. Dropped, its connections vanish silently.
+/// What has to be done with the sockets of a tree.
+#[derive(Default)]
+pub(crate) struct Starters {
+    /// When it is about to start: what it needs to live without Limosa.
+    pub(crate) at_start: Vec<Starter>,
+    /// When it is there to stay, and reachable.
+    pub(crate) when_reachable: Vec<Starter>,
+}
+
+/// What must be held until a restored tree starts. Dropped, after the tree has ended, its connections vanish silently.
 #[derive(Default)]
 pub(crate) struct Restored {
     lock: Option<PacketLock>,
     left_behind: Option<String>,
-    pub(crate) starters: Vec<Starter>,
+    pub(crate) starters: Starters,
 }
 
 impl Restored {
@@ -271,15 +281,29 @@ impl Restored {
         }
         let name = format!("restore-{}", std::process::id());
         let lock = PacketLock::new(&name, Scope::Connections(connections))?;
-        Ok(Self { lock: Some(lock), left_behind: left_behind.map(ToOwned::to_owned), starters: Vec::new() })
+        Ok(Self {
+            lock: Some(lock),
+            left_behind: left_behind.map(ToOwned::to_owned),
+            starters: Starters::default(),
+        })
     }
 
-    /// Packets pass again, and the sockets live.
-    pub(crate) fn start(self) -> Result<(), RestoreError> {
+    /// The sockets live, but nothing passes yet. From here on they need Limosa no more: if it dies, the lock falls.
+    pub(crate) fn start(&mut self) -> Result<(), RestoreError> {
+        std::mem::take(&mut self.starters.at_start).into_iter().try_for_each(|starter| starter())?;
         if let Some(name) = &self.left_behind {
             nft::remove(name)?;
         }
+        Ok(())
+    }
+
+    /// Packets pass. The tree is there to stay, so nothing can fail any more.
+    pub(crate) fn open(self) {
         drop(self.lock);
-        self.starters.into_iter().try_for_each(|starter| starter())
+        for starter in self.starters.when_reachable {
+            if let Err(error) = starter() {
+                tracing::warn!(%error, "a restored connection goes on only when its timers expire");
+            }
+        }
     }
 }

@@ -390,15 +390,16 @@ impl Loaded {
         report: &mut Report,
         committed: impl FnOnce() -> Result<(), E>,
     ) -> Result<Started, E> {
+        let still = report.phase("threads", |_| start::make_ready(&self.tree, &mut self.nursery))?;
         report.phase("network", |_| self.network.start())?;
         report.phase("start", |_| {
-            let still = start::make_ready(&self.tree, &mut self.nursery)?;
             let still = still.commit(&mut self.nursery)?;
             if let Err(error) = committed() {
                 // Nothing has run: it can still be taken back.
                 self.nursery.released = false;
                 return Err(error);
             }
+            self.network.open();
             still.let_go();
             Ok(())
         })?;

@@ -13,7 +13,7 @@ use limosa_kernel::namespace::{self, Kind};
 use limosa_kernel::net::nft::{self, PacketLock, Scope};
 use limosa_kernel::net::sock_diag::Diag;
 use limosa_kernel::net::sockopt::{self, Phase};
-use limosa_kernel::net::tcp_rebuild::{rebuild, resume};
+use limosa_kernel::net::tcp_rebuild::{probe, rebuild, resume};
 use limosa_kernel::net::tcp_repair::{self, State};
 use limosa_kernel::net::tcp_snapshot::{self, Snapshot, abandon};
 
@@ -73,6 +73,7 @@ fn replace(stream: TcpStream, lock: PacketLock) -> (TcpStream, Snapshot) {
     let rebuilt = rebuild(&snapshot, |fd| sockopt::apply(fd, &options, Phase::BeforeBind)).unwrap();
     lock.release();
     resume(&rebuilt.socket, &snapshot, false).unwrap();
+    probe(&rebuilt.socket, false).unwrap();
     sockopt::apply(&rebuilt.socket, &options, Phase::Last).unwrap();
     (TcpStream::from(rebuilt.socket), snapshot)
 }

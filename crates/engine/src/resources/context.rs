@@ -12,7 +12,7 @@ use super::shared_memory::SharedObjects;
 use super::terminal::{Rebuilt, Terminals};
 use crate::error::{CaptureError, RestoreError};
 use crate::memory::SpaceAllocator;
-use crate::network::{Network, Starter};
+use crate::network::{Network, Starters};
 use crate::state::Descriptor;
 use crate::view::DescriptionView;
 
@@ -111,7 +111,7 @@ pub struct RebuildContext<'a> {
     pub(crate) terminals: &'a [Rebuilt],
     root: OwnedFd,
     shared: HashMap<(&'static str, u64), Box<dyn Any>>,
-    starters: Vec<Starter>,
+    starters: Starters,
 }
 
 impl<'a> RebuildContext<'a> {
@@ -124,7 +124,7 @@ impl<'a> RebuildContext<'a> {
         externals: &'a HashMap<String, PathBuf>,
         pids: &'a HashMap<i32, i32>,
     ) -> Self {
-        let (shared, starters) = (HashMap::new(), Vec::new());
+        let (shared, starters) = (HashMap::new(), Starters::default());
         Self { checkpoint, shared_objects, externals, pids, terminals, root, shared, starters }
     }
 
@@ -160,13 +160,18 @@ impl<'a> RebuildContext<'a> {
             .ok_or_else(|| RestoreError::inconsistent(format!("{kind} {id} is used as two kinds of object")))
     }
 
-    /// Has `starter` run when the whole tree is about to start: for what the world outside can see.
+    /// Has `starter` run when the whole tree is about to start: what it needs to live without Limosa.
     pub fn at_start(&mut self, starter: impl FnOnce() -> Result<(), RestoreError> + 'static) {
-        self.starters.push(Box::new(starter));
+        self.starters.at_start.push(Box::new(starter));
+    }
+
+    /// Has `starter` run when the tree is there to stay, and reachable: for what merely speeds it up.
+    pub fn when_reachable(&mut self, starter: impl FnOnce() -> Result<(), RestoreError> + 'static) {
+        self.starters.when_reachable.push(Box::new(starter));
     }
 
     /// What is to be done at the start.
-    pub(crate) fn take_starters(&mut self) -> Vec<Starter> {
+    pub(crate) fn take_starters(&mut self) -> Starters {
         std::mem::take(&mut self.starters)
     }
 }

@@ -226,16 +226,20 @@ impl Tcp {
         let options = network::from_state(&self.options);
         let rebuilt =
             tcp_rebuild::rebuild(&snapshot, |fd| sockopt::apply(fd, &options, Phase::BeforeBind))?;
-        let kept = rebuilt.socket.try_clone().map_err(|source| RestoreError::Rebuild {
-            object: "TCP connection".into(),
-            step: "dup",
-            source,
-        })?;
+        let clone = || {
+            rebuilt.socket.try_clone().map_err(|source| RestoreError::Rebuild {
+                object: "TCP connection".into(),
+                step: "dup",
+                source,
+            })
+        };
+        let (kept, probed) = (clone()?, clone()?);
         let reuse = self.reuse_address();
         context.at_start(move || {
             tcp_rebuild::resume(&kept, &snapshot, reuse)?;
             Ok(sockopt::apply(&kept, &options, Phase::Last)?)
         });
+        context.when_reachable(move || Ok(tcp_rebuild::probe(&probed, reuse)?));
         Ok(rebuilt.socket)
     }
 

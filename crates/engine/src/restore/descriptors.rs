@@ -12,7 +12,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::Makers;
 use crate::error::RestoreError;
-use crate::network::Starter;
+use crate::network::Starters;
 use crate::resources::mapping::{Backing, MappedFile};
 use crate::resources::terminal::Rebuilt;
 use crate::resources::{DescriptorState, RebuildContext, unix_socket};
@@ -29,7 +29,7 @@ pub(crate) struct Objects {
     /// By index of the shared object.
     pub(crate) shared: Vec<OwnedFd>,
     /// What has to be done when the tree starts.
-    pub(crate) starters: Vec<Starter>,
+    pub(crate) starters: Starters,
     /// Descriptions that a process has already.
     pub(crate) held: HashSet<usize>,
     files: HashMap<(Vec<u8>, bool), OwnedFd>,

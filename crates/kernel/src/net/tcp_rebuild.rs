@@ -3,10 +3,12 @@
 //! ```text
 //! rebuild: socket → TCP_REPAIR on → sequence numbers (minus queues, minus FINs) → bind → connect (silent)
 //!          → options, timestamp → receive queue → sent part of the send queue → FINs → windows
-//! resume:  TCP_REPAIR off (a window probe makes the peer say where it is) → unsent part → unsent FIN
+//! resume:  TCP_REPAIR off → unsent part → unsent FIN
+//! probe:   a window probe makes the peer say where it is; its answer sets both sides going
 //! ```
-//! [`rebuild`] sends nothing; the connection can be thrown away again silently. [`resume`] is for the moment in which
-//! the restored processes are about to run and packets pass again.
+//! [`rebuild`] sends nothing; the connection can be thrown away again silently. After [`resume`] it needs nobody any
+//! more: the kernel sends what has to be sent, as soon as packets pass. That they pass is what [`probe`] tells it: else
+//! it would find out by its timers, a second later.
 //!
 //! A `FIN` of ours is made by `shutdown(2)` in repair mode: the kernel takes it as sent. A `FIN` of the peer, and
 //! the peer's acknowledgement of ours, are handed to the socket by a raw packet from the loopback interface.
@@ -84,16 +86,15 @@ pub fn rebuild(snapshot: &Snapshot, prepare: impl FnOnce(BorrowedFd<'_>) -> Resu
     Ok(Rebuilt { socket })
 }
 
-/// Lets the connection live: leaves repair mode and sends what was never sent.
+/// Lets the connection live: leaves repair mode and queues what was never sent.
 ///
-/// The packets of the connection must pass from here on. `reuse_address` is the socket's own `SO_REUSEADDR`.
+/// Whether packets pass already does not matter. `reuse_address` is the socket's own `SO_REUSEADDR`.
 pub fn resume(fd: impl AsFd, snapshot: &Snapshot, reuse_address: bool) -> Result<()> {
     let fd = fd.as_fd();
     if snapshot.state != State::SynSent {
-        tcp_repair::set_mode(fd, Mode::Off)?;
+        tcp_repair::set_mode(fd, Mode::OffSilently)?;
     }
-    raw::set_int(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, i32::from(reuse_address))
-        .map_err(|source| Error::new("setsockopt(SO_REUSEADDR)", raw::name(fd), source))?;
+    set_reuse_address(fd, reuse_address)?;
     if snapshot.state == State::SynSent {
         return begin_connecting(fd, snapshot.remote);
     }
@@ -106,6 +107,20 @@ pub fn resume(fd: impl AsFd, snapshot: &Snapshot, reuse_address: bool) -> Result
         shut(fd, rustix::net::Shutdown::Read)?;
     }
     Ok(())
+}
+
+/// Asks the peer where it is, now that packets pass. It sends again what it believes to be lost, and what waits
+/// here goes out.
+pub fn probe(fd: impl AsFd, reuse_address: bool) -> Result<()> {
+    let fd = fd.as_fd();
+    // Leaving repair mode sends the probe, also of a socket that is not in it.
+    tcp_repair::set_mode(fd, Mode::Off)?;
+    set_reuse_address(fd, reuse_address)
+}
+
+fn set_reuse_address(fd: BorrowedFd<'_>, on: bool) -> Result<()> {
+    raw::set_int(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, i32::from(on))
+        .map_err(|source| Error::new("setsockopt(SO_REUSEADDR)", raw::name(fd), source))
 }
 
 fn describe(snapshot: &Snapshot) -> String {
