@@ -107,6 +107,55 @@ fn a_child_in_a_namespace_of_its_own_is_refused() {
     });
 }
 
+/// A pair of interfaces with addresses, and nobody behind them.
+fn make_interface(name: &str) -> Result<()> {
+    let ip = |line: &str| -> Result<()> {
+        let status = Command::new("ip").args(line.split(' ')).status()?;
+        ensure!(status.success(), "ip {line}: {status}");
+        Ok(())
+    };
+    ip(&format!("link add {name} type veth peer name {name}-peer"))?;
+    for address in ["fd77::1/64", "fd77::2/64"] {
+        ip(&format!("address add {address} dev {name} nodad"))?;
+    }
+    ip(&format!("link set {name} up"))?;
+    ip(&format!("link set {name}-peer up"))
+}
+
+fn remove_interface(name: &str) -> Result<()> {
+    ensure!(Command::new("ip").args(["link", "delete", name]).status()?.success(), "ip link delete {name}");
+    Ok(())
+}
+
+/// No call lists a socket's groups: they were lost once, without a word. The interface has another index after the restore.
+#[test]
+fn multicast() {
+    sandboxed(|sandbox| {
+        make_interface("groups")?;
+        round_trip(sandbox, "multicast", &["groups"])?;
+        let target = Target::start(sandbox, "multicast", &["groups"])?;
+        let out = sandbox.path("out");
+        limosa::checkpoint(sandbox, target.root(), &out, Source::Ends, &[])?.success("checkpoint")?;
+        wait_until_alone()?;
+        remove_interface("groups")?;
+        let missing = limosa::restore(sandbox, &out, &[]).err().map(|error| format!("{error:#}"));
+        ensure!(
+            missing
+                .as_ref()
+                .is_some_and(|error| error.contains("on interface groups cannot be restored here")),
+            "not refused: {missing:?}"
+        );
+        make_interface("others")?;
+        make_interface("groups")?;
+        remove_interface("others")?;
+        limosa::restore(sandbox, &out, &[])?;
+        target.verify()?;
+        target.quit()?;
+        sandbox.end_all()?;
+        remove_interface("groups")
+    });
+}
+
 #[test]
 fn python() {
     sandboxed(|sandbox| round_trip_of(sandbox, &Python::start(sandbox)?.into_target()));

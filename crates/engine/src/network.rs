@@ -15,11 +15,13 @@
 //! abandoned without a packet afterwards.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use limosa_kernel::net::InNetns;
+use limosa_kernel::net::multicast::{self, Group};
 use limosa_kernel::net::nft::{self, PacketLock, Scope};
 use limosa_kernel::net::raw::{self, Kind};
 use limosa_kernel::net::sock_diag::{Diag, UnixName, UnixSocket};
@@ -110,6 +112,8 @@ pub struct Network {
     places: Vec<Locked>,
     connections: HashMap<u64, Result<Snapshot, SnapshotError>>,
     unix: HashMap<u64, UnixSocket>,
+    /// The multicast groups of each network namespace, by its device and inode number.
+    groups: HashMap<(u64, u64), Vec<Group>>,
     /// The PID in the tree of the peers of unix sockets, by the socket's inode number: of those that had to be asked for.
     pub(crate) peers: HashMap<u64, i32>,
     /// What becomes of the connections.
@@ -187,6 +191,16 @@ impl Network {
             let reason = "the kernel does not list it among the unix sockets of its network namespace";
             view.refuse(reason, "load the kernel module unix_diag").into()
         })
+    }
+
+    /// The multicast groups of all interfaces of the namespace that a socket is in, listed once.
+    pub(crate) fn groups(&mut self, view: &DescriptionView) -> Result<&[Group], CaptureError> {
+        let namespace = raw::namespace(&view.descriptor)?;
+        let stat = rustix::fs::fstat(&namespace).map_err(view.error("fstat of a network namespace"))?;
+        match self.groups.entry((stat.st_dev, stat.st_ino)) {
+            Entry::Occupied(listed) => Ok(listed.into_mut()),
+            Entry::Vacant(place) => Ok(place.insert(multicast::groups(&view.descriptor)?)),
+        }
     }
 
     /// The name of a listed unix socket.

@@ -191,6 +191,22 @@ pub fn compare_lines(what: &str, text: &str, expected: &str) -> Result<()> {
     }
 }
 
+/// `setsockopt(2)`
+pub fn set_option(socket: &impl AsRawFd, level: i32, name: i32, value: &[u8]) -> Result<()> {
+    // SAFETY: the kernel reads `value.len()` bytes at `value`.
+    let answer = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            value.as_ptr().cast(),
+            value.len() as libc::socklen_t,
+        )
+    };
+    check(answer.into()).with_context(|| format!("setting option {name} of level {level}"))?;
+    Ok(())
+}
+
 /// `CLOCK_MONOTONIC`, in nanoseconds.
 pub fn monotonic() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);

@@ -1,15 +1,18 @@
-//! UDP sockets (udp(7)): bound, connected, and the datagrams that wait in them.
+//! UDP sockets (udp(7)): bound, connected, members of multicast groups, and the datagrams that wait in them.
 //!
 //! Datagrams are read with a moving peek, which leaves them where they are, and come back as packets from their sender
 //! that go over the loopback interface to the socket only. Left to chance, as the protocol allows: datagrams that
-//! arrive while the tree is frozen and the queue has been read. Not carried: memberships of multicast groups,
-//! which no call gives out for a descriptor, and a queue of a socket that is bound to a device (dropped, with a warning).
+//! arrive while the tree is frozen and the queue has been read. Dropped, with a warning: the queue of a socket that is
+//! bound to a device or to the address of a group, where a packet over the loopback interface does not arrive.
+//!
+//! Groups are joined again on the interface of the same name, with their source filters.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsFd, OwnedFd};
 
+use limosa_kernel::net::multicast::{self, Group};
 use limosa_kernel::net::sockopt::{self, Phase};
-use limosa_kernel::net::{inject, peek, tcp_snapshot};
+use limosa_kernel::net::{inject, peek, raw, tcp_snapshot};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 
@@ -29,8 +32,38 @@ pub struct Udp {
     pub local: Option<Address>,
     /// The address it is connected to, if any.
     pub remote: Option<Address>,
+    /// The multicast groups that it has joined.
+    #[serde(default)]
+    pub groups: Vec<Membership>,
     /// Datagrams not read, oldest first.
     pub queue: Vec<Datagram>,
+}
+
+/// A membership of a multicast group.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Membership {
+    /// The name of the interface.
+    pub interface: String,
+    /// The address of the group.
+    pub group: IpAddr,
+    /// Whether packets of the sources only are received, or of all but them.
+    pub include: bool,
+    /// The sources.
+    pub sources: Vec<IpAddr>,
+}
+
+impl Membership {
+    fn join(&self, socket: &OwnedFd) -> Result<(), RestoreError> {
+        let interface = raw::interface_index(socket, &self.interface).map_err(|error| {
+            RestoreError::Unsupported {
+                what: format!("the membership of group {} on interface {}", self.group, self.interface),
+                why: format!("{}; make an interface of that name and try again", error.source),
+            }
+        })?;
+        let group = Group { interface, address: self.group };
+        let sources = self.sources.clone();
+        Ok(multicast::join(socket, &multicast::Membership { group, include: self.include, sources })?)
+    }
 }
 
 /// A datagram in a receive queue.
@@ -52,8 +85,15 @@ impl DescriptorKind for Udp {
         })
     }
 
-    fn capture(view: &DescriptionView, _context: &mut CaptureContext) -> Result<Self, CaptureError> {
-        Ok(Self::read(view.descriptor.as_fd())?)
+    fn capture(view: &DescriptionView, context: &mut CaptureContext) -> Result<Self, CaptureError> {
+        let mut state = Self::read(view.descriptor.as_fd())?;
+        let joined = multicast::memberships(&view.descriptor, context.network.groups(view)?)?;
+        let named = joined.into_iter().map(|multicast::Membership { group, include, sources }| {
+            let interface = raw::interface_name(&view.descriptor, group.interface)?;
+            Ok(Membership { interface, group: group.address, include, sources })
+        });
+        state.groups = named.collect::<limosa_kernel::Result<_>>()?;
+        Ok(state)
     }
 
     fn rebuild(&self, _flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
@@ -87,6 +127,7 @@ impl Udp {
             options: network::to_state(sockopt::capture(fd)?),
             local: (local.port() != 0).then(|| local.into()),
             remote: remote.map(Into::into),
+            groups: Vec::new(),
             queue: queue.collect(),
         })
     }
@@ -104,6 +145,7 @@ impl Udp {
         if let Some(remote) = self.remote {
             rustix::net::connect(&socket, &SocketAddr::from(remote)).map_err(fail("connect"))?;
         }
+        self.groups.iter().try_for_each(|membership| membership.join(&socket))?;
         sockopt::apply(&socket, &options, Phase::Last)?;
         Ok(socket)
     }
@@ -128,14 +170,14 @@ fn deliver(socket: &OwnedFd, queue: &[(SocketAddr, SocketAddr, Vec<u8>)]) -> Res
     if queue.is_empty() {
         return Ok(());
     }
-    // A packet for a socket that is bound to a device would not arrive over the loopback interface.
+    // A packet for a socket that is bound to a device or to a group would not arrive over the loopback interface.
     let bound = rustix::net::sockopt::socket_domain(socket).is_ok()
         && sockopt::capture(socket)?
             .iter()
             .any(|option| sockopt::label(option) == Some("SO_BINDTODEVICE"));
     for (from, to, data) in queue {
-        if bound {
-            tracing::warn!(%from, %to, "a datagram in the queue of a socket bound to a device is dropped");
+        if bound || to.ip().is_multicast() {
+            tracing::warn!(%from, %to, "a datagram in the queue of a socket bound to a device or group is dropped");
         } else {
             inject::udp(*to, *from, data)?;
         }

@@ -8,6 +8,7 @@ mod namespace;
 pub mod rtnetlink;
 
 pub mod inject;
+pub mod multicast;
 pub mod nft;
 pub mod peek;
 pub mod peer;

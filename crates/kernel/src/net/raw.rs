@@ -133,3 +133,46 @@ pub fn unix_file(fd: impl AsFd) -> Result<OwnedFd> {
     // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(answer) })
 }
+
+/// The name of an interface of the namespace that a socket lives in (`netdevice(7)`).
+pub fn interface_name(socket: impl AsFd, index: u32) -> Result<String> {
+    const SIOCGIFNAME: libc::Ioctl = 0x8910;
+    let mut request = InterfaceRequest { name: [0; 16], value: [0; 24] };
+    request.value[..4].copy_from_slice(&index.to_ne_bytes());
+    request.ask(socket.as_fd(), SIOCGIFNAME, "ioctl(SIOCGIFNAME)", &format!("interface {index}"))?;
+    let name = request.name.split(|byte| *byte == 0).next().unwrap_or_default();
+    Ok(String::from_utf8_lossy(name).into_owned())
+}
+
+/// The index of an interface of the namespace that a socket lives in; `ENODEV` where none has that name.
+pub fn interface_index(socket: impl AsFd, name: &str) -> Result<u32> {
+    const SIOCGIFINDEX: libc::Ioctl = 0x8933;
+    let mut request = InterfaceRequest { name: [0; 16], value: [0; 24] };
+    if name.len() >= request.name.len() {
+        return Err(Error::new("ioctl(SIOCGIFINDEX)", name, io::Error::from_raw_os_error(libc::ENODEV)));
+    }
+    request.name[..name.len()].copy_from_slice(name.as_bytes());
+    request.ask(socket.as_fd(), SIOCGIFINDEX, "ioctl(SIOCGIFINDEX)", &format!("interface {name}"))?;
+    Ok(u32::from_ne_bytes([request.value[0], request.value[1], request.value[2], request.value[3]]))
+}
+
+/// `struct ifreq`
+#[repr(C, align(8))]
+struct InterfaceRequest {
+    name: [u8; 16],
+    value: [u8; 24],
+}
+
+impl InterfaceRequest {
+    fn ask(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        request: libc::Ioctl,
+        operation: &'static str,
+        of: &str,
+    ) -> Result<()> {
+        // SAFETY: both requests read and write one struct ifreq, which this is.
+        let answer = unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(self)) };
+        if answer == 0 { Ok(()) } else { Err(Error::last(operation, of)) }
+    }
+}

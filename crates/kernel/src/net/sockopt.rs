@@ -8,8 +8,8 @@
 //!
 //! Left out on purpose: `TCP_QUICKACK` (the momentary state of delayed acknowledgements, not a setting),
 //! `TCP_WINDOW_CLAMP` (the kernel's own estimate unless set), `SO_INCOMING_CPU` (a CPU of this machine),
-//! `SO_PEEK_OFF` (part of the queue's state, see the rooms), memberships of multicast groups (not readable
-//! through a descriptor). Sources: `socket(7)`, `ip(7)`, `ipv6(7)`, `tcp(7)`, `udp(7)`; `net/core/sock.c`.
+//! `SO_PEEK_OFF` (part of the queue's state, see the rooms), memberships of multicast groups (see
+//! [`super::multicast`]). Sources: `socket(7)`, `ip(7)`, `ipv6(7)`, `tcp(7)`, `udp(7)`; `net/core/sock.c`.
 
 use std::os::fd::{AsFd, BorrowedFd};
 

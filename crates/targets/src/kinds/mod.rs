@@ -15,6 +15,7 @@ mod memory_guarded;
 mod memory_huge;
 mod memory_shared;
 mod misc;
+mod multicast;
 mod odd_files;
 mod pipes;
 mod refused;
@@ -67,6 +68,7 @@ const KINDS: &[(&str, SetUp)] = &[
     ("memory-huge", memory_huge::set_up),
     ("memory-shared", memory_shared::set_up),
     ("misc", misc::set_up),
+    ("multicast", multicast::set_up),
     ("odd-files", odd_files::set_up),
     ("pipes", pipes::set_up),
     ("refused", refused::set_up),
