@@ -5,6 +5,9 @@ use std::io::{Read, Write};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use limosa_container::Registry;
+use limosa_migrate::record::{Departure, DepartureRecord};
+use limosa_migrate::{MigrationId, Store};
 use rustix::process::{Pid, Signal, WaitOptions};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -260,6 +263,46 @@ fn mounts_and_system_v_objects_come_back() {
         host.says(&["stop", "--timeout", "0", "state"]);
         host.says(&["rm", "state"]);
     }
+}
+
+/// `ps` said "running" of a container that was frozen for a migration whose outcome nobody knew.
+#[test]
+fn a_frozen_container_is_listed_as_such_with_the_migration_that_is_undecided() {
+    let Some(host) = Host::new() else { return };
+    host.says(&["run", "ice", "--detach", "--", "sleep", "1000"]);
+    let record = Registry::new(host.state.path()).load(&"ice".parse().expect("a name")).expect("a record");
+    if record.cgroup.freeze(true).is_err() {
+        return eprintln!("SKIPPED: this test needs control groups of version 2");
+    }
+    let line = host.list()[0].clone();
+    assert_eq!((line["state"].as_str(), &line["migration"]), (Some("frozen"), &Value::Null), "{line}");
+
+    let store = Store::open(host.state.path().join("migrations")).expect("a store");
+    let departure = |container: &str, instance: String| DepartureRecord {
+        id: MigrationId::random().expect("an id"),
+        container: container.to_owned(),
+        destination: "ssh://root@b.example".to_owned(),
+        departure: Departure::HandingOver,
+        instance,
+        closed: false,
+    };
+    // Neither of another container nor of an earlier one of this name.
+    store.put_departure(&departure("snow", record.instance())).expect("recorded");
+    store.put_departure(&departure("ice", "1:1".to_owned())).expect("recorded");
+    assert_eq!(host.list()[0]["migration"], Value::Null);
+    let open = departure("ice", record.instance());
+    store.put_departure(&open).expect("recorded");
+    let line = host.list()[0].clone();
+    assert_eq!(line["state"].as_str(), Some("frozen"), "{line}");
+    assert_eq!(line["migration"]["id"].as_str(), Some(open.id.to_string().as_str()), "{line}");
+    assert_eq!(line["migration"]["outcome"].as_str(), Some("undecided"), "{line}");
+    let table = host.says(&["ps"]);
+    assert!(table.lines().nth(1).is_some_and(|line| line.starts_with("ice   frozen")), "{table}");
+    let note =
+        "ice was handed over, and is frozen: whether it runs at ssh://root@b.example is not known yet.";
+    assert!(table.contains(note), "{table}");
+    record.cgroup.freeze(false).expect("thawed");
+    assert_eq!(host.list()[0]["state"].as_str(), Some("running"));
 }
 
 #[test]

@@ -90,6 +90,11 @@ impl Cgroup {
         }
     }
 
+    /// Whether [`Self::freeze`] has frozen it, or somebody else has by the same file.
+    pub fn is_frozen(&self) -> bool {
+        self.freezer().and_then(|file| fs::read_to_string(file).ok()).is_some_and(|text| text.trim() == "1")
+    }
+
     /// Fails where [`Self::freeze`] would find nothing to freeze by.
     pub fn check_freezer(&self) -> Result<(), CgroupError> {
         self.freezer().map(drop).ok_or(CgroupError::NoFreezer)

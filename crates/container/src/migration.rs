@@ -294,23 +294,29 @@ impl Destination for Arrivals<'_> {
     }
 
     fn remains(&mut self, offer: &Offer) -> Result<Remains, ArrivalError> {
-        let Ok(name) = offer.container.parse::<Name>() else { return Ok(Remains::Nothing) };
-        match self.registry.load(&name) {
-            Ok(record) if outlived_its_maker(&record) => {
-                // Perhaps that is all that was left to be done.
-                record.connect()?;
-                if let Err(error) = record.announce() {
-                    tracing::warn!(%error, %name, "the container's addresses could not be announced");
-                }
-                Ok(Remains::Running(StartReport::default()))
+        remains(self.registry, offer)
+    }
+}
+
+/// Whether the container of an offer runs here, whose receiver died while it was starting it. If not, nothing of it is left
+/// afterwards.
+pub fn remains(registry: &Registry, offer: &Offer) -> Result<Remains, ArrivalError> {
+    let Ok(name) = offer.container.parse::<Name>() else { return Ok(Remains::Nothing) };
+    match registry.load(&name) {
+        Ok(record) if outlived_its_maker(&record) => {
+            // Perhaps that is all that was left to be done.
+            record.connect()?;
+            if let Err(error) = record.announce() {
+                tracing::warn!(%error, %name, "the container's addresses could not be announced");
             }
-            Ok(_) => {
-                stop::remove(self.registry, &name, true)?;
-                Ok(Remains::Nothing)
-            }
-            Err(crate::RegistryError::Unknown { .. }) => Ok(Remains::Nothing),
-            Err(error) => Err(error.into()),
+            Ok(Remains::Running(StartReport::default()))
         }
+        Ok(_) => {
+            stop::remove(registry, &name, true)?;
+            Ok(Remains::Nothing)
+        }
+        Err(crate::RegistryError::Unknown { .. }) => Ok(Remains::Nothing),
+        Err(error) => Err(error.into()),
     }
 }
 

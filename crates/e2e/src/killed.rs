@@ -1,7 +1,7 @@
 //! Migrations of which one side is killed: at the end one copy runs, and nothing else is anywhere.
 //!
 //! The source reaches the other host by a stand-in for ssh, which enters that host's network and runs `limosa receive`
-//! with its state directory, anew for each connection.
+//! with its state directory, anew for each connection; or, if a listener is to be killed, over TLS.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use limosa_stage::Host;
+use limosa_stage::{Host, receive_with};
 use rustix::process::{WaitOptions, wait};
 
 use crate::contained::Contained;
@@ -29,6 +29,8 @@ pub enum Side {
     Source,
     /// `limosa receive`
     Destination,
+    /// `limosa receive --listen`
+    Listener,
 }
 
 /// What is to happen to a side.
@@ -48,6 +50,9 @@ impl Contained<'_> {
             Fate::Counted => ("LIMOSA_PASSED_FILE", self.passed().into_os_string()),
             Fate::Killed(number) => ("LIMOSA_KILL_AT", number.to_string().into()),
         };
+        if side == Side::Listener {
+            return self.migrate_to_listener(|command| command.env(variable.0, &variable.1));
+        }
         if side == Side::Destination {
             let setting = format!("export {}={}\n", variable.0, variable.1.display());
             fs::write(self.first_receiver(), setting)?;
@@ -69,6 +74,21 @@ impl Contained<'_> {
         let outcome = run.finish();
         let _ = fs::remove_file(self.first_receiver());
         Ok(outcome.err().map(|error| format!("{error:#}")))
+    }
+
+    fn migrate_to_listener(
+        &self,
+        adapt: impl FnOnce(&mut Command) -> &mut Command,
+    ) -> Result<Option<String>> {
+        let started =
+            receive_with(&self.limosa, self.other(), || Ok(()), |it| adapt(it.stdin(Stdio::null())));
+        let (receiver, destination) = match started {
+            Ok(started) => started,
+            Err(error) => return Ok(Some(format!("before there was a ticket: {error:#}"))),
+        };
+        let migrated = self.limosa.run(self.host(), || Ok(()), ["migrate", NAME, &destination]);
+        let errors = [migrated.err(), receiver.finish().err()].into_iter().flatten();
+        Ok(errors.map(|error| format!("{error:#}")).reduce(|one, other| format!("{one}; {other}")))
     }
 
     /// `limosa migrate` to the other host, where `limosa receive` runs after the shell commands `conditions`. Gives what

@@ -274,3 +274,9 @@ fn migration_whose_source_is_killed() {
 fn migration_whose_receiver_is_killed() {
     sandboxed(|sandbox| sweep_migration(sandbox, Side::Destination, 35));
 }
+
+/// Its guard answers the source on the same port, with the same ticket.
+#[test]
+fn migration_whose_listener_is_killed() {
+    sandboxed(|sandbox| sweep_migration(sandbox, Side::Listener, 35));
+}

@@ -13,6 +13,7 @@ use limosa_image::{Sink, WriteError};
 
 use crate::content::{self, ContentError};
 use crate::frame::{FrameError, Kind};
+use crate::id::MigrationId;
 use crate::limits::Limits;
 use crate::link::{Link, LinkError};
 use crate::message::{self, Accept, Answer, Ask, Offer, Ready, Reason, Refusal, Refuse, StartReport, chain};
@@ -111,31 +112,45 @@ pub fn receive<D: Destination>(
     limits: &Limits,
     watch: Watch<'_>,
 ) -> Result<Received, ReceiveError> {
-    receive_noting(transport, destination, store, limits, watch, &mut false)
+    receive_noting(transport, destination, store, limits, watch, &mut |_| ())
 }
 
-/// As [`receive`]; notes in `ready` that `Ready` may have been said, so that the source may come to ask.
+/// Whether the source may come to ask what became of its migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Note {
+    /// It is about to be told `Ready`: from now on it may.
+    MayAsk(MigrationId),
+    /// It has said that it recorded the outcome.
+    Knows,
+}
+
+/// As [`receive`]; gives `note` what is to be known about questions to come, before anything is done that follows from it.
 pub(crate) fn receive_noting<D: Destination>(
     transport: Transport,
     destination: &mut D,
     store: &Store,
     limits: &Limits,
     watch: Watch<'_>,
-    ready: &mut bool,
+    note: &mut dyn FnMut(Note),
 ) -> Result<Received, ReceiveError> {
-    Greeted { link: session::greet(transport, limits)?, store, watch }.serve(destination, ready)
+    Greeted { link: session::greet(transport, limits)?, store, watch }.serve(destination, note)
 }
+
+/// Finds out what a receiver left that died while it was starting the container of an offer.
+pub(crate) type LookForRemains<'a> =
+    dyn Fn(&Offer) -> Result<Remains, Box<dyn std::error::Error + Send + Sync>> + Sync + 'a;
 
 /// Answers one question; whether the source has said that it recorded the answer.
 pub(crate) fn answer_only(
     transport: Transport,
     store: &Store,
     limits: &Limits,
+    remains: &LookForRemains<'_>,
 ) -> Result<bool, ReceiveError> {
     let link = session::greet(transport, limits)?;
     let frame = link.next("question", limits.answer).map_err(PeerError::from)?;
     let ask: Ask = session::expect(&frame, Kind::Ask, "a question")?;
-    match store.answer(ask.id, |_| Err("only a new receiver can find that out".into())) {
+    match store.answer(ask.id, remains) {
         Ok(answer) => send_answer(link, store, &ask, &answer),
         Err(error) => {
             fail(link, chain(&error));
@@ -173,7 +188,7 @@ impl<'a> Greeted<'a> {
     fn serve<D: Destination>(
         mut self,
         destination: &mut D,
-        ready: &mut bool,
+        note: &mut dyn FnMut(Note),
     ) -> Result<Received, ReceiveError> {
         tell(&mut self.watch, &self.link, Phase::Negotiating);
         let frame = self.link.next("offer", self.link.limits().answer).map_err(PeerError::from)?;
@@ -184,9 +199,7 @@ impl<'a> Greeted<'a> {
         let offer: Offer = session::expect(&frame, Kind::Offer, "an offer or a question")?;
         match self.accept(offer, destination)? {
             Ok(receiving) => {
-                let built = receiving.build(destination)?;
-                *ready = true;
-                built.announce(destination)?.take_over(destination)
+                receiving.build(destination)?.announce(destination, note)?.take_over(destination, note)
             }
             Err(refused) => Ok(refused),
         }
@@ -259,10 +272,15 @@ impl<'a> Receiving<'a> {
 
 impl<P> Built<'_, P> {
     /// Records that everything is built, and says so.
-    fn announce<D: Destination<Prepared = P>>(self, destination: &mut D) -> Result<Self, ReceiveError> {
+    fn announce<D: Destination<Prepared = P>>(
+        self,
+        destination: &mut D,
+        note: &mut dyn FnMut(Note),
+    ) -> Result<Self, ReceiveError> {
         if let Err(error) = self.claim.advance(Arrival::Ready) {
             return Err(self.give_up(destination, error.into()));
         }
+        note(Note::MayAsk(self.offer.id));
         match session::send(&self.link, Kind::Ready, &Ready { prepare_us: self.took.as_micros() as u64 }) {
             Ok(()) => Ok(self),
             Err(error) => Err(self.give_up(destination, error.into())),
@@ -272,6 +290,7 @@ impl<P> Built<'_, P> {
     fn take_over<D: Destination<Prepared = P>>(
         mut self,
         destination: &mut D,
+        note: &mut dyn FnMut(Note),
     ) -> Result<Received, ReceiveError> {
         tell(&mut self.watch, &self.link, Phase::HandingOver);
         let within = self.link.limits().hand_over;
@@ -304,7 +323,7 @@ impl<P> Built<'_, P> {
             // It runs all the same. A later question finds `Starting` and a dead receiver, and looks for itself.
             tracing::warn!(id = %offer.id, error = chain(&error), "that the container was started could not be recorded");
         }
-        let acknowledged = tell_started(&link, &claim, &report);
+        let acknowledged = tell_started(&link, &claim, &report, note);
         watch(&Progress { phase: Phase::Over, counters: acknowledged.1 });
         Ok(Received::Started { offer: Box::new(offer), report, acknowledged: acknowledged.0 })
     }
@@ -317,10 +336,18 @@ impl<P> Built<'_, P> {
 }
 
 /// Tells the source that the container runs, and waits for its `Done`; whether that came.
-fn tell_started(link: &Link, claim: &Claim, report: &StartReport) -> (bool, crate::progress::Counters) {
+fn tell_started(
+    link: &Link,
+    claim: &Claim,
+    report: &StartReport,
+    note: &mut dyn FnMut(Note),
+) -> (bool, crate::progress::Counters) {
     let done = session::send(link, Kind::Started, report)
         .and_then(|()| Ok(link.next("`Done`", Duration::from_secs(10))?))
         .is_ok_and(|frame| frame.kind == Kind::Done);
+    if done {
+        note(Note::Knows);
+    }
     let counters = link.counters();
     (done && claim.acknowledge().is_ok(), counters)
 }

@@ -3,9 +3,13 @@
 //! One thread accepts; each connection is greeted on a thread of its own, so that one that says nothing holds up
 //! nobody. The first that proves the ticket is served by the caller's thread, and uses the ticket up. From then on
 //! the ticket serves only questions about the outcome. Whoever does not prove it gets no answer at all.
+//!
+//! A listener that is killed after the hand-over cannot answer any more. So it can be left to another process: its socket,
+//! and its key and ticket as a [`Legacy`]. That one is an [`Heir`] and answers in its place.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -13,14 +17,16 @@ use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde::{Deserialize, Serialize};
 
 use crate::address::Address;
-use crate::incoming::{self, Destination, ReceiveError, Received};
+use crate::incoming::{self, Destination, LookForRemains, Note, ReceiveError, Received};
 use crate::limits::Limits;
+use crate::message::Offer;
 use crate::outcome::Purpose;
 use crate::progress::{Phase, Progress, Watch};
-use crate::record::Store;
-use crate::ticket::Ticket;
+use crate::record::{Remains, Store};
+use crate::ticket::{Ticket, TicketError};
 use crate::tls::{Caller, Identity};
 use crate::transport::Transport;
 
@@ -122,24 +128,39 @@ impl Listener {
         self,
         destination: &mut D,
         store: &Store,
+        watch: Watch<'_>,
+    ) -> Result<Received, ListenError> {
+        self.serve_noting(destination, store, watch, &mut |_| ())
+    }
+
+    /// As [`Self::serve`]; `note` is told whether the source may come to ask, for whoever answers if this process dies.
+    pub fn serve_noting<D: Destination>(
+        self,
+        destination: &mut D,
+        store: &Store,
         mut watch: Watch<'_>,
+        note: &mut dyn FnMut(Note),
     ) -> Result<Received, ListenError> {
         let (events, happened) = channel();
-        let desk =
-            Desk { listener: &self, store, events, state: Mutex::default(), greeting: AtomicU32::new(0) };
+        // Asked only about a receiver that is dead, and this one lives.
+        let remains = |_: &_| Err("only a new receiver can find that out".into());
+        let desk = Desk::new(&self, store, events, &remains);
         std::thread::scope(|scope| {
             // Ends the acceptor also when this thread panics.
             let _closing = Closing(&desk);
             scope.spawn(|| desk.accept(scope));
             let transport = self.wait_for_source(&happened)?;
-            let mut ready = false;
+            let mut may_ask = false;
             let told: Watch<'_> = Box::new(&mut watch);
+            let mut noted = |news| {
+                may_ask = matches!(news, Note::MayAsk(_));
+                note(news);
+            };
             let result =
-                incoming::receive_noting(transport, destination, store, &self.limits, told, &mut ready);
-            let known = matches!(result, Ok(Received::Started { acknowledged: true, .. }));
-            if ready && !known {
+                incoming::receive_noting(transport, destination, store, &self.limits, told, &mut noted);
+            if may_ask {
                 watch(&Progress { phase: Phase::Settling, counters: crate::Counters::default() });
-                self.wait_for_questions(&happened);
+                wait_for_questions(&happened, self.limits.outcome);
             }
             Ok(result?)
         })
@@ -157,14 +178,81 @@ impl Listener {
         }
     }
 
-    fn wait_for_questions(&self, happened: &Receiver<Event>) {
-        let until = Instant::now() + self.limits.outcome;
-        while let Ok(event) = happened.recv_timeout(until.saturating_duration_since(Instant::now())) {
-            if matches!(event, Event::Settled) {
-                return;
-            }
+    /// What another process needs to answer in this one's place, and the socket to do it on.
+    pub fn legacy(&self) -> Result<(Legacy, OwnedFd), ListenError> {
+        let (identity, ticket) = (&self.identity, self.ticket.to_string());
+        let legacy =
+            Legacy { certificate: identity.certificate().to_vec(), key: identity.key().to_vec(), ticket };
+        let socket = self.socket.try_clone();
+        socket
+            .map(|socket| (legacy, socket.into()))
+            .map_err(|source| ListenError::Bind { address: self.address, source })
+    }
+}
+
+/// Until the source knows the outcome, or it has had long enough to ask.
+fn wait_for_questions(happened: &Receiver<Event>, bound: Duration) {
+    let until = Instant::now() + bound;
+    while let Ok(event) = happened.recv_timeout(until.saturating_duration_since(Instant::now())) {
+        if matches!(event, Event::Settled) {
+            return;
         }
     }
+}
+
+/// A listener's key, certificate and ticket: secrets, for a process of the same user on the same host.
+#[derive(Serialize, Deserialize)]
+pub struct Legacy {
+    /// DER.
+    certificate: Vec<u8>,
+    /// PKCS #8.
+    key: Vec<u8>,
+    ticket: String,
+}
+
+/// Answers in the place of a listener that died.
+pub struct Heir(Listener);
+
+impl Heir {
+    /// The heir of the listener that had this socket.
+    pub fn new(legacy: Legacy, socket: OwnedFd, limits: Limits) -> Result<Self, HeirError> {
+        let socket = TcpListener::from(socket);
+        let address = socket.local_addr().map_err(HeirError::Socket)?;
+        let identity = Identity::of(legacy.certificate, legacy.key).map_err(HeirError::Key)?;
+        let (ticket, options, since) = (legacy.ticket.parse()?, ListenOptions::default(), Instant::now());
+        Ok(Self(Listener { socket, address, identity, ticket, options, limits, since }))
+    }
+
+    /// Answers what became of the dead listener's migration, until the source has noted it or `limits.outcome` has
+    /// passed. `remains` finds out what became of a container that was being started ([`Destination::remains`]).
+    pub fn answer(
+        &self,
+        store: &Store,
+        remains: impl Fn(&Offer) -> Result<Remains, Box<dyn std::error::Error + Send + Sync>> + Sync,
+    ) {
+        let (events, happened) = channel();
+        let desk = Desk::new(&self.0, store, events, &remains);
+        desk.state().used = true;
+        std::thread::scope(|scope| {
+            let _closing = Closing(&desk);
+            scope.spawn(|| desk.accept(scope));
+            wait_for_questions(&happened, self.0.limits.outcome);
+        });
+    }
+}
+
+/// A process cannot answer in the place of a listener.
+#[derive(Debug, thiserror::Error)]
+pub enum HeirError {
+    /// The descriptor is not a listening socket.
+    #[error("the socket of the receiver that died")]
+    Socket(#[source] io::Error),
+    /// The key cannot be used.
+    #[error("the key of the receiver that died")]
+    Key(#[source] io::Error),
+    /// The ticket cannot be read.
+    #[error("the ticket of the receiver that died")]
+    Ticket(#[from] TicketError),
 }
 
 /// What the acceptor's threads tell the serving one.
@@ -191,6 +279,7 @@ struct Desk<'a> {
     listener: &'a Listener,
     store: &'a Store,
     events: Sender<Event>,
+    remains: &'a LookForRemains<'a>,
     state: Mutex<State>,
     greeting: AtomicU32,
 }
@@ -203,7 +292,16 @@ impl Drop for Closing<'_, '_> {
     }
 }
 
-impl Desk<'_> {
+impl<'a> Desk<'a> {
+    fn new(
+        listener: &'a Listener,
+        store: &'a Store,
+        events: Sender<Event>,
+        remains: &'a LookForRemains<'a>,
+    ) -> Self {
+        Self { listener, store, events, remains, state: Mutex::default(), greeting: AtomicU32::new(0) }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -275,7 +373,7 @@ impl Desk<'_> {
     }
 
     fn answer(&self, transport: Transport) {
-        match incoming::answer_only(transport, self.store, &self.listener.limits) {
+        match incoming::answer_only(transport, self.store, &self.listener.limits, self.remains) {
             Ok(true) => self.tell(Event::Settled),
             Ok(false) => {}
             Err(error) => {

@@ -91,25 +91,36 @@ fn left(until: Instant) -> Duration {
 pub(crate) struct Identity {
     config: Arc<ServerConfig>,
     certificate: CertificateDer<'static>,
+    /// PKCS #8.
+    key: Vec<u8>,
 }
 
 impl Identity {
     /// A new key (ECDSA on P-256) with a certificate signed by itself.
     pub(crate) fn generate() -> io::Result<Self> {
         let made = rcgen::generate_simple_self_signed(vec!["limosa".to_owned()]).map_err(io::Error::other)?;
-        let certificate = made.cert.der().clone();
-        let key = PrivatePkcs8KeyDer::from(made.signing_key.serialize_der());
+        Self::of(made.cert.der().to_vec(), made.signing_key.serialize_der())
+    }
+
+    /// That of another process: its certificate (DER) and its key (PKCS #8).
+    pub(crate) fn of(certificate: Vec<u8>, key: Vec<u8>) -> io::Result<Self> {
+        let certificate = CertificateDer::from(certificate);
         let mut config = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(io::Error::other)?
             .with_no_client_auth()
-            .with_single_cert(vec![certificate.clone()], key.into())
+            .with_single_cert(vec![certificate.clone()], PrivatePkcs8KeyDer::from(key.clone()).into())
             .map_err(io::Error::other)?;
         config.alpn_protocols = vec![PROTOCOL.to_vec()];
         // Every connection proves itself anew.
         config.send_tls13_tickets = 0;
         config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
-        Ok(Self { config: Arc::new(config), certificate })
+        Ok(Self { config: Arc::new(config), certificate, key })
+    }
+
+    /// The key, PKCS #8: a secret.
+    pub(crate) fn key(&self) -> &[u8] {
+        &self.key
     }
 
     /// The certificate, DER.

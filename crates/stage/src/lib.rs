@@ -18,5 +18,5 @@ mod migration;
 mod program;
 
 pub use hosts::{BRIDGE, CONTAINER, Host, PREFIX, Place, join, join_client};
-pub use migration::receive;
+pub use migration::{receive, receive_with};
 pub use program::{Limosa, MARK, Running, TICK};

@@ -14,7 +14,7 @@ use limosa_engine::{Refusals, Report, Times, checkpoint, preflight};
 use limosa_image::{CheckpointWriter, Committed, Meta};
 use serde::Serialize;
 
-use crate::commands::guard::Posted;
+use crate::commands::posted::Posted;
 use crate::context::{Context, Failure, Outcome};
 use crate::text;
 use crate::trace::Trace;

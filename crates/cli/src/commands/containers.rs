@@ -5,8 +5,11 @@ use std::time::Duration;
 
 use clap::Args;
 use limosa_container::{Name, Record};
+use limosa_migrate::record::{Departure, DepartureRecord};
+use limosa_migrate::{Address, MigrationId};
 use serde::Serialize;
 
+use super::migrate::store;
 use crate::context::{Context, Outcome};
 use crate::text::{age, table};
 
@@ -19,8 +22,10 @@ pub struct Ps {}
 #[derive(Debug, Serialize)]
 struct Line {
     name: Name,
-    /// `running`, `stopped` or `damaged`.
+    /// `running`, `frozen`, `stopped` or `damaged`.
     state: &'static str,
+    /// The migration that it is frozen for, while it is not known here whether it runs at the destination, or not acted on.
+    migration: Option<Open>,
     pid: Option<i32>,
     /// Seconds since 1970.
     created: Option<u64>,
@@ -30,13 +35,57 @@ struct Line {
     error: Option<String>,
 }
 
+/// A migration that is not settled.
+#[derive(Debug, Serialize)]
+struct Open {
+    id: MigrationId,
+    /// Without the ticket.
+    destination: String,
+    /// `undecided`, or, to be acted on yet, `moved` or `kept`.
+    outcome: &'static str,
+}
+
+impl Open {
+    fn new(record: &DepartureRecord) -> Self {
+        let outcome = match record.departure {
+            Departure::HandingOver => "undecided",
+            Departure::Started(_) => "moved",
+            Departure::Kept(_) => "kept",
+        };
+        let address = record.destination.parse::<Address>();
+        let destination = address.map_or_else(|_| "?".to_owned(), |address| address.redacted());
+        Self { id: record.id, destination, outcome }
+    }
+
+    /// What a person is told below the table.
+    fn note(&self, name: &Name) -> String {
+        let Self { destination, outcome, .. } = self;
+        let what = match *outcome {
+            "moved" => format!("it runs at {destination}"),
+            "kept" => format!("it was not taken at {destination}, and is to run on here"),
+            _ => format!("whether it runs at {destination} is not known yet"),
+        };
+        format!("{name} was handed over, and is frozen: {what}. `limosa settle` finds out and acts on it.\n")
+    }
+}
+
 impl Line {
-    fn new(name: Name, record: &Record) -> Self {
+    fn new(name: Name, record: &Record, open: &[DepartureRecord]) -> Self {
         let pid = record.running();
+        let state = match pid {
+            Some(_) if record.cgroup.is_frozen() => "frozen",
+            Some(_) => "running",
+            None => "stopped",
+        };
+        let this = |open: &&DepartureRecord| {
+            open.container == name.as_str() && [String::new(), record.instance()].contains(&open.instance)
+        };
+        let migration = open.iter().find(this).filter(|_| pid.is_some()).map(Open::new);
         let addresses = record.config.network.iter().flat_map(|network| &network.addresses);
         Self {
             name,
-            state: if pid.is_some() { "running" } else { "stopped" },
+            state,
+            migration,
             pid,
             created: Some(record.created),
             addresses: addresses.map(ToString::to_string).collect(),
@@ -47,7 +96,8 @@ impl Line {
 
     fn damaged(name: Name, error: String) -> Self {
         let (addresses, command) = (Vec::new(), Vec::new());
-        Self { name, state: "damaged", pid: None, created: None, addresses, command, error: Some(error) }
+        let (state, error) = ("damaged", Some(error));
+        Self { name, state, migration: None, pid: None, created: None, addresses, command, error }
     }
 }
 
@@ -60,10 +110,11 @@ impl Ps {
             tracing::warn!(%error, "what was left of a container that was never finished cannot be removed");
         }
         let list = context.registry().list()?;
+        let open = store(context)?.unsettled()?;
         let lines: Vec<Line> = list
             .into_iter()
             .map(|(name, record)| match record {
-                Ok(record) => Line::new(name, &record),
+                Ok(record) => Line::new(name, &record, &open),
                 Err(error) => Line::damaged(name, format!("{:#}", anyhow::Error::from(error))),
             })
             .collect();
@@ -79,7 +130,8 @@ impl Ps {
                 line.error.clone().unwrap_or_else(|| line.command.join(" ")),
             ]
         }));
-        context.report(&lines, table(&rows))?;
+        let notes = lines.iter().filter_map(|line| Some(line.migration.as_ref()?.note(&line.name)));
+        context.report(&lines, notes.fold(table(&rows), |text, note| text + &note))?;
         Ok(ExitCode::SUCCESS)
     }
 }

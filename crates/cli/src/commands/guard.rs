@@ -5,18 +5,21 @@
 //!        │ ends: a word ─────────────────────────────► ends, too
 //!        └ is killed: no word, end of file ──────────► removes what was not finished; asks for the outcome of a migration
 //!                                                      and acts on it; connects a container that runs
+//!
+//!   limosa receive --listen: the same; and before that it leaves its socket and key to the guard ([`Word`]), which answers
+//!                            a source that may come to ask
 //! ```
 
-use std::io::{self, Read, Write};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::io;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
 use clap::Args;
 use limosa_container::{Name, migration};
-use limosa_migrate::Outcome as MigrationOutcome;
+use limosa_migrate::{Heir, Limits, MigrationId, Note, Outcome as MigrationOutcome};
 
 use super::migrate::store;
+use super::posted::Word;
 use crate::context::{Context, Outcome};
 
 /// For how long a guard asks for an outcome. After that the destination's answer would have to be asked for elsewhere.
@@ -35,22 +38,39 @@ impl Guard {
     pub fn execute(self, context: &Context) -> Outcome {
         // A terminal's signals are not for this process. Leads a session already: as good.
         let _ = rustix::process::setsid();
-        let mut word = [0];
+        let (mut heir, mut asked) = (None, None);
         loop {
-            match io::stdin().lock().read(&mut word) {
-                Ok(0) => break,
-                Ok(_) => return Ok(ExitCode::SUCCESS),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.into()),
+            match Word::hear(io::stdin())? {
+                None => break,
+                Some(Word::Ended) => return Ok(ExitCode::SUCCESS),
+                Some(Word::Legacy(legacy, socket)) => {
+                    heir = Some(Heir::new(legacy, socket, Limits::default())?);
+                }
+                Some(Word::Note(Note::MayAsk(id))) => asked = Some(id),
+                Some(Word::Note(Note::Knows)) => asked = None,
             }
         }
-        context.registry().sweep()?;
+        // A failure to remove remains is no reason to leave the source without an answer.
+        let swept = context.registry().sweep();
+        if let (Some(heir), Some(id)) = (heir, asked) {
+            answer(context, &heir, id)?;
+        }
+        swept?;
         if let Some(container) = &self.container {
             settle(context, container)?;
             connect(context, container)?;
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Answers the source's questions in the place of the receiver that died.
+fn answer(context: &Context, heir: &Heir, id: MigrationId) -> anyhow::Result<()> {
+    let (registry, store) = (context.registry(), store(context)?);
+    if !store.arrival(id)?.is_some_and(|record| record.acknowledged) {
+        heir.answer(&store, |offer| migration::remains(&registry, offer).map_err(Into::into));
+    }
+    Ok(())
 }
 
 /// Settles what is open about the container.
@@ -74,34 +94,5 @@ fn connect(context: &Context, container: &Name) -> anyhow::Result<()> {
     match context.registry().load(container) {
         Ok(record) if record.running().is_some() && !open => Ok(record.connect()?),
         _ => Ok(()),
-    }
-}
-
-/// A guard that waits. Dropped, it is told that it is not needed.
-#[derive(Debug)]
-pub struct Posted(Child);
-
-impl Posted {
-    /// Starts a guard; `container` is what is about to be moved, if that is known.
-    pub fn new(context: &Context, container: Option<&Name>) -> anyhow::Result<Self> {
-        let mut command = Command::new("/proc/self/exe");
-        command.arg("--state-dir").arg(&context.state_dir).arg("guard");
-        if let Some(container) = container {
-            command.arg("--container").arg(container.as_str());
-        }
-        // Whoever reads what this program writes is not to wait for the guard.
-        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-        #[cfg(feature = "fault")]
-        command.env_remove("LIMOSA_KILL_AT").env_remove("LIMOSA_PASSED_FILE");
-        command.spawn().map(Self).context("starting a guard of the container")
-    }
-}
-
-impl Drop for Posted {
-    fn drop(&mut self) {
-        if let Some(mut input) = self.0.stdin.take() {
-            let _ = input.write_all(b".");
-        }
-        let _ = self.0.wait();
     }
 }

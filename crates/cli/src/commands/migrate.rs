@@ -14,7 +14,7 @@ use limosa_migrate::{
 };
 use serde::Serialize;
 
-use crate::commands::guard::Posted;
+use crate::commands::posted::Posted;
 use crate::context::{Context, Outcome};
 use crate::progress;
 use crate::text;
@@ -190,7 +190,7 @@ impl Receive {
         let registry = context.registry();
         registry.sweep()?;
         let store = store(context)?;
-        let _guard = Posted::new(context, None)?;
+        let guard = Posted::new(context, None)?;
         let mut arrivals = Arrivals::new(&registry)?;
         let received = match self.listen {
             None => {
@@ -205,11 +205,12 @@ impl Receive {
             }
             Some(address) => {
                 let listener = Listener::bind(address, ListenOptions::default(), Limits::default())?;
+                guard.bequeath(&listener)?;
                 let destination = listener.destination(address.ip().to_string());
                 context.announce(&Ticket { destination: destination.address() }, destination.address())?;
                 let title = format!("receiving on {}", listener.local_address());
                 let watch = progress::watch(title, self.progress, context.json);
-                listener.serve(&mut arrivals, &store, watch)?
+                listener.serve_noting(&mut arrivals, &store, watch, &mut |note| guard.note(note))?
             }
         };
         match received {

@@ -8,6 +8,7 @@ mod guard;
 mod inspect;
 mod logs;
 mod migrate;
+mod posted;
 mod restore;
 mod run;
 mod shells;

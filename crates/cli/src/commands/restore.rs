@@ -17,7 +17,7 @@ use rustix::process::{Pid, Signal};
 use rustix::termios::{self, OptionalActions, Termios};
 use serde::Serialize;
 
-use crate::commands::guard::Posted;
+use crate::commands::posted::Posted;
 use crate::context::{Context, Failure, Outcome};
 use crate::text;
 use crate::trace::Trace;
