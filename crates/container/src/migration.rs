@@ -4,6 +4,7 @@ use std::error::Error;
 use std::time::{Duration, Instant};
 
 use limosa_engine::Report;
+use limosa_engine::resources::processor;
 use limosa_image::{Checkpoint, Meta, Sink, Staging, WriteError, cbor};
 use limosa_kernel::proc::ProcDir;
 use limosa_migrate::record::DepartureRecord;
@@ -35,13 +36,14 @@ pub struct Migrated {
     pub frozen_us: u64,
 }
 
-/// Moves the container `name` to whatever `connect` reaches. On an error it runs on here.
+/// Moves the container `name` to whatever `connect` reaches, where the processor must have what `processor` says. On an error it runs on here.
 pub fn migrate<C: Connect>(
     registry: &Registry,
     name: &Name,
     connect: &mut C,
     store: &Store,
     watch: Watch<'_>,
+    processor: processor::Rule,
     report: &mut Report,
 ) -> Result<Migrated, MigrateError> {
     let limits = Limits::default();
@@ -50,6 +52,9 @@ pub fn migrate<C: Connect>(
     report.phase("pre-flight", |_| source.refuse_early(registry))?;
     let id = MigrationId::random().map_err(MigrateError::Id)?;
     let mut offer = Offer::new(id, name.as_str());
+    if processor == processor::Rule::Features {
+        offer.cpu_features = processor::features().map_err(MigrateError::Processor)?;
+    }
     offer.memory_bytes = resident_bytes(source.pid());
     offer.extra = cbor::encode(source.state()).map_err(|error| MigrateError::Encode(Box::new(error)))?;
     if let Some(network) = &source.state().config.network {
@@ -165,6 +170,9 @@ pub enum MigrateError {
     /// It could not be captured, or not be sent.
     #[error("the migration was broken off; the container runs on here")]
     BrokenOff(#[source] ContainerCaptureError),
+    /// The features of the processor could not be read.
+    #[error(transparent)]
+    Processor(limosa_kernel::Error),
     /// No random numbers.
     #[error("cannot choose an ID for the migration")]
     Id(#[source] std::io::Error),
@@ -233,6 +241,21 @@ impl<'a> Arrivals<'a> {
     }
 }
 
+/// What this processor lacks of `features`.
+fn lacking(features: &[String]) -> Option<Refusal> {
+    let why = match processor::missing(features) {
+        Ok(missing) if missing.is_empty() => return None,
+        Ok(missing) => format!(
+            "this processor does not have {}: programs choose their code by it when they start, and would die of SIGILL",
+            processor::names(&missing)
+        ),
+        Err(error) => error.to_string(),
+    };
+    let remedy =
+        "migrate to a processor that has all of it, or, if the programs do not choose, with --cpu registers";
+    Some(Refusal { what: "processor".into(), why, remedy: Some(remedy.into()) })
+}
+
 /// An error with all its causes, in one line.
 fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
@@ -249,7 +272,7 @@ impl Destination for Arrivals<'_> {
     type Error = ArrivalError;
 
     fn preflight(&mut self, offer: &Offer) -> Result<(), Vec<Refusal>> {
-        let objections = match cbor::decode::<ContainerState>(&offer.extra) {
+        let mut objections = match cbor::decode::<ContainerState>(&offer.extra) {
             Ok(state) => self.objections(&state),
             Err(error) => vec![Refusal {
                 what: "description".into(),
@@ -257,6 +280,7 @@ impl Destination for Arrivals<'_> {
                 remedy: Some("use the same version of Limosa on both hosts".into()),
             }],
         };
+        objections.extend(lacking(&offer.cpu_features));
         if objections.is_empty() { Ok(()) } else { Err(objections) }
     }
 
@@ -266,7 +290,7 @@ impl Destination for Arrivals<'_> {
 
     fn prepare(&mut self, offer: &Offer) -> Result<Self::Prepared, ArrivalError> {
         let staging = std::mem::replace(&mut self.staging, Staging::new()?);
-        let checkpoint: Checkpoint = staging.into_checkpoint(Meta::new("", Vec::new()))?;
+        let checkpoint: Checkpoint = staging.into_checkpoint(Meta::new("", offer.cpu_features.clone()))?;
         let prepared = rebuild::prepare_on(
             self.registry,
             &checkpoint,
@@ -365,4 +389,29 @@ pub enum ArrivalError {
     /// Remains could not be removed.
     #[error(transparent)]
     Stop(#[from] crate::StopError),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Before anything is frozen, and each by its name.
+    #[test]
+    fn a_destination_without_the_features_objects() {
+        let state = std::env::temp_dir().join("limosa-migration-test");
+        let registry = Registry::new(&state);
+        let mut arrivals = Arrivals::new(&registry).unwrap();
+        let mut offer = Offer::new(MigrationId::from_bytes([7; 16]), "web");
+        let objections = |arrivals: &mut Arrivals, offer: &Offer| {
+            let mut objections = arrivals.preflight(offer).unwrap_err();
+            // There is no description of a container in this offer.
+            objections.retain(|objection| objection.what != "description");
+            objections.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        offer.cpu_features = processor::features().unwrap();
+        assert_eq!(objections(&mut arrivals, &offer), [""; 0]);
+        offer.cpu_features.extend(["no_such_feature".to_owned(), "no\x1bfeature".to_owned()]);
+        let [objection] = objections(&mut arrivals, &offer).try_into().unwrap();
+        assert!(objection.contains("does not have no_such_feature, no\u{fffd}feature:"), "{objection}");
+    }
 }

@@ -11,6 +11,7 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 
+use limosa_engine::resources::processor::Rule;
 use limosa_engine::restore::{Loaded, Options, Place, Planned};
 use limosa_engine::{Report, RestoreError};
 use limosa_image::{Checkpoint, ReadError};
@@ -88,6 +89,8 @@ pub struct Changes {
     pub rootfs: Option<PathBuf>,
     /// Where the files are that are not the container's own, by the keys that the checkpoint has for them.
     pub externals: HashMap<String, PathBuf>,
+    /// Which features of the processor must be there.
+    pub processor: Rule,
 }
 
 /// Builds the container in `checkpoint`, with some changes.
@@ -119,6 +122,8 @@ pub(crate) fn prepare_on(
     if !checked.is_some_and(|checked| checked.is_of(&state)) {
         report.phase("root", |_| check_root(&state))?;
     }
+    let processor = changes.processor;
+    let planned = Planned::new(checkpoint, Options { processor, ..Options::default() })?;
     let reservation = registry.reserve(&config.name)?;
     let paths = reservation.paths().clone();
     report.phase("filesystem", |_| -> Result<(), RebuildError> {
@@ -130,7 +135,6 @@ pub(crate) fn prepare_on(
     })?;
     let mut externals = changes.externals;
     externals.insert(LOG_KEY.to_owned(), paths.log());
-    let planned = Planned::new(checkpoint, Options::default())?;
     let clocks = planned.tree().namespaces.clocks;
     let options = ShellOptions {
         time_offsets: clocks.map_or_else(TimeOffsets::default, |clocks| clocks.offsets()),
@@ -141,8 +145,13 @@ pub(crate) fn prepare_on(
         mac: state.mac,
     };
     let shell = report.phase("shell", |_| Shell::prepare(&config, &paths, &options))?;
-    let planned =
-        planned.with(Options { root: None, place: Some(place(&shell)?), externals, detached: true });
+    let planned = planned.with(Options {
+        root: None,
+        place: Some(place(&shell)?),
+        externals,
+        detached: true,
+        processor,
+    });
     let loaded = planned.build(report)?;
     let record = shell.record(Some(Init::of(loaded.root())?));
     Ok(Prepared { loaded, shell, reservation, record })

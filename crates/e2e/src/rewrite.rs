@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use limosa_engine::resources::mapping::{Backing, MappingState};
 use limosa_engine::resources::vdso::VdsoState;
 use limosa_engine::state::{Body, Life, TREE, Tree};
-use limosa_image::{Checkpoint, CheckpointWriter, Sink, SpaceId, WriteError};
+use limosa_image::{Checkpoint, CheckpointWriter, Meta, Sink, SpaceId, WriteError};
 use limosa_puppet::VdsoImage;
 use limosa_puppet::arch::redirect;
 
@@ -21,6 +21,8 @@ const AT_SYSINFO_EHDR: u64 = 33;
 pub struct Parts {
     /// The tree.
     pub tree: Tree,
+    /// What the manifest says of it.
+    pub meta: Meta,
     /// Its memory, page by page.
     pages: BTreeMap<(SpaceId, u64), Vec<u8>>,
 }
@@ -46,7 +48,8 @@ impl Sink for Parts {
 pub fn rewrite(from: &Path, to: &Path, change: impl FnOnce(&mut Parts) -> Result<()>) -> Result<()> {
     let checkpoint = Checkpoint::open(from)?;
     ensure!(checkpoint.blob_names().next().is_none(), "{} has blobs", from.display());
-    let mut parts = Parts { tree: checkpoint.state(TREE)?, pages: BTreeMap::new() };
+    let meta = checkpoint.manifest().meta.clone();
+    let mut parts = Parts { tree: checkpoint.state(TREE)?, meta, pages: BTreeMap::new() };
     checkpoint.copy_into(&mut parts)?;
     change(&mut parts)?;
     let mut writer = CheckpointWriter::create(to)?;
@@ -54,7 +57,7 @@ pub fn rewrite(from: &Path, to: &Path, change: impl FnOnce(&mut Parts) -> Result
     for ((space, start), bytes) in &parts.pages {
         writer.pages(*space, *start, bytes)?;
     }
-    writer.commit(checkpoint.manifest().meta.clone())?;
+    writer.commit(parts.meta)?;
     Ok(())
 }
 

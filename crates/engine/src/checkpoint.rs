@@ -26,6 +26,7 @@ use crate::peers;
 use crate::report::Report;
 use crate::resources::mapping::MappingState;
 use crate::resources::namespaces::{Home, settings};
+use crate::resources::processor::Layout;
 use crate::resources::shared_memory::SharedObjects;
 use crate::resources::terminal::Terminals;
 use crate::resources::{
@@ -126,7 +127,9 @@ pub fn capture(
     let packet_lock = Some(network::left_behind(root));
     let terminals = terminals.finish(&views);
     let vdso = vdso::own()?.map(|own| own.state.clone());
-    let tree = Tree { processes, descriptions, shared_objects, terminals, namespaces, vdso, packet_lock };
+    let registers = Some(Layout::here());
+    let tree =
+        Tree { processes, descriptions, shared_objects, terminals, namespaces, vdso, registers, packet_lock };
     report.processes = tree.processes.len();
     report.threads = tree.living().map(|(_, body)| body.threads.len()).sum();
     report.mappings = tree.living().map(|(_, body)| body.mappings.len()).sum();

@@ -222,6 +222,16 @@ pub enum RestoreError {
         /// The ID.
         pid: i32,
     },
+    /// The processor lacks what the tree needs.
+    #[error("this processor does not have {missing}: {why}; {remedy}")]
+    Processor {
+        /// The features, in the spelling of `/proc/cpuinfo`.
+        missing: String,
+        /// What needs them.
+        why: String,
+        /// What to do.
+        remedy: &'static str,
+    },
     /// Something in the checkpoint is not supported.
     #[error("{what} cannot be restored here: {why}")]
     Unsupported {

@@ -38,7 +38,7 @@ use crate::plan::{Kin, NodeId, Plan, Role};
 use crate::report::Report;
 use crate::resources::DescriptorState;
 use crate::resources::mapping::{self, Backing};
-use crate::resources::{shared_memory, terminal, vdso};
+use crate::resources::{processor, shared_memory, terminal, vdso};
 use crate::state::{Body, Life, Pages, Process, TREE, Tree};
 
 pub(crate) use inside::Inside;
@@ -63,6 +63,8 @@ pub struct Options {
     /// Whether the tree is to outlive the caller. Its root then comes back without a parent-death signal: the kernel
     /// would send it when the caller, which is its parent, ends.
     pub detached: bool,
+    /// Which features of the processor must be there.
+    pub processor: processor::Rule,
 }
 
 /// Namespaces and control groups that a tree is born into. The PID namespace is made with its root.
@@ -88,6 +90,8 @@ impl<'a> Planned<'a> {
         let mut tree: Tree = checkpoint.state(TREE)?;
         check(&tree)?;
         check_pages(&tree, checkpoint)?;
+        processor::check(&tree, &checkpoint.manifest().meta.cpu_features, options.processor)?;
+        processor::adapt(&mut tree);
         vdso::adapt(&mut tree, checkpoint)?;
         let plan = Plan::new(&Kin::of(&tree))?;
         Ok(Self { checkpoint, tree, plan, options })

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::pieces::Piece;
 use crate::resources::file_locks::FileLock;
 use crate::resources::mapping::MappingState;
+use crate::resources::processor::Layout;
 use crate::resources::shared_memory::SharedObject;
 use crate::resources::terminal::Terminal;
 use crate::resources::vdso::{Adaptation, VdsoState};
@@ -35,6 +36,9 @@ pub struct Tree {
     /// The vDSO of the kernel that the tree ran on.
     #[serde(default)]
     pub vdso: Option<VdsoState>,
+    /// Where the parts of the extended registers are; the places that this processor has, if none.
+    #[serde(default)]
+    pub registers: Option<Layout>,
     /// Name of the packet lock that is left behind if the checkpoint ended the tree.
     #[serde(default)]
     pub packet_lock: Option<String>,
@@ -177,6 +181,14 @@ impl Tree {
     pub fn living(&self) -> impl Iterator<Item = (&Process, &Body)> {
         self.processes.iter().filter_map(|process| match &process.life {
             Life::Alive(body) => Some((process, body.as_ref())),
+            Life::Zombie { .. } => None,
+        })
+    }
+
+    /// The bodies of living processes.
+    pub fn living_mut(&mut self) -> impl Iterator<Item = &mut Body> {
+        self.processes.iter_mut().filter_map(|process| match &mut process.life {
+            Life::Alive(body) => Some(body.as_mut()),
             Life::Zombie { .. } => None,
         })
     }

@@ -8,6 +8,7 @@ use limosa_image::{Checkpoint, ReadError};
 use serde::Serialize;
 
 use crate::resources::mapping::Backing;
+use crate::resources::processor::{self, Need};
 use crate::state::{Body, Life, Process, TREE, Tree};
 
 /// A process tree, summarised.
@@ -25,6 +26,8 @@ pub struct TreeSummary {
     pub namespaces: Vec<String>,
     /// The host name, if the tree has one of its own.
     pub host_name: Option<String>,
+    /// What its registers need of a processor.
+    pub registers: Vec<Need>,
 }
 
 /// A process, summarised.
@@ -100,6 +103,7 @@ impl TreeSummary {
             shared_objects: tree.shared_objects.len(),
             shared_bytes: tree.shared_objects.iter().fold(0, |sum, object| object.size.saturating_add(sum)),
             namespaces: tree.namespaces.own.iter().map(|kind| printable(kind.as_bytes())).collect(),
+            registers: processor::needs(tree),
             host_name: host_name.map(|name| printable(&name.host)),
         }
     }

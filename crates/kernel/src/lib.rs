@@ -5,6 +5,7 @@
 //! back plain structs or a [`Error`] that says which call failed on what.
 #![allow(unsafe_code)]
 
+pub mod cpu;
 mod error;
 pub mod fault;
 mod guarded;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::Args;
 use limosa_container::Source;
 use limosa_engine::check::{self, Area, Feature};
+use limosa_engine::resources::processor;
 use limosa_engine::summary::printable;
 use limosa_engine::{Refusal, checkpoint, preflight};
 use serde::Serialize;
@@ -36,6 +37,8 @@ pub struct Check {
 struct Host {
     sufficient: bool,
     features: Vec<Feature>,
+    /// What programs that start here can find, and so may need elsewhere.
+    cpu_features: Vec<String>,
 }
 
 /// The report with a target.
@@ -78,7 +81,13 @@ fn host(context: &Context) -> anyhow::Result<bool> {
     } else {
         writeln!(text, "\nCheckpoint and restore do not work here, for want of {}.", missing.join(", "))
     };
-    context.report(&Host { sufficient, features }, text)?;
+    let cpu_features = processor::features()?;
+    let _ = writeln!(
+        text,
+        "\nWhat programs start with here, a processor that they go on with must have, too: {}.",
+        processor::names(&cpu_features)
+    );
+    context.report(&Host { sufficient, features, cpu_features }, text)?;
     Ok(sufficient)
 }
 

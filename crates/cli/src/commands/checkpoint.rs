@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use limosa_container::{CapturedContainer, Name, Source};
 use limosa_engine::checkpoint::{Captured, TcpConnections, Unaccepted};
+use limosa_engine::resources::processor;
 use limosa_engine::{Refusals, Report, Times, checkpoint, preflight};
 use limosa_image::{CheckpointWriter, Committed, Meta};
 use serde::Serialize;
@@ -234,7 +235,7 @@ impl Checkpoint {
         release: impl FnOnce(C) -> Result<(), E>,
         end: impl FnOnce(C) -> Result<(), E>,
     ) -> Result<(Committed, u64), Failure> {
-        let meta = Meta::new(kernel_release(), Vec::new());
+        let meta = Meta::new(kernel_release(), processor::features()?);
         if self.leave_running {
             release(captured)?;
             let ran_on_us = report.elapsed_us();

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use limosa_container::Config;
+use limosa_engine::resources::processor;
 use limosa_engine::summary::{ProcessSummary, TreeSummary, printable};
 use limosa_image::{Checkpoint, Description, VerifyReport};
 use serde::Serialize;
@@ -30,6 +31,8 @@ struct Inspected {
     checkpoint: Description,
     container: Option<Config>,
     tree: TreeSummary,
+    /// Which of the features that the checkpoint needs this processor lacks.
+    missing_cpu_features: Vec<String>,
 }
 
 impl Inspect {
@@ -38,13 +41,24 @@ impl Inspect {
         let checkpoint = Checkpoint::open(&self.dir)?;
         let container = limosa_container::container_state(&checkpoint)?.map(|state| state.config);
         let tree = TreeSummary::read(&checkpoint)?;
-        let inspected = Inspected { checkpoint: checkpoint.describe(), container, tree };
+        let missing_cpu_features = processor::missing(&checkpoint.manifest().meta.cpu_features)?;
+        let inspected =
+            Inspected { checkpoint: checkpoint.describe(), container, tree, missing_cpu_features };
         context.report(&inspected, inspected.text())?;
         Ok(ExitCode::SUCCESS)
     }
 }
 
 impl Inspected {
+    /// `79 features, of which this one lacks amx_tile`
+    fn processor(&self) -> String {
+        let count = self.checkpoint.meta.cpu_features.len();
+        match self.missing_cpu_features.as_slice() {
+            [] => format!("{count} features, all of which this one has"),
+            missing => format!("{count} features, of which this one lacks {}", processor::names(missing)),
+        }
+    }
+
     fn text(&self) -> String {
         let mut text = String::new();
         let mut line = |name: &str, value: String| {
@@ -66,6 +80,8 @@ impl Inspected {
             let host = tree.host_name.as_ref().map_or_else(String::new, |name| format!("; host name {name}"));
             line("namespaces", format!("{}{host}", tree.namespaces.join(", ")));
         }
+        line("registers", registers(tree));
+        line("processor", self.processor());
         line("size", sizes(checkpoint));
         line("files open", kinds(tree.descriptions.iter().map(|(kind, count)| (*kind, *count))));
         if tree.shared_objects > 0 {
@@ -74,6 +90,13 @@ impl Inspected {
         text.push('\n');
         text + &processes(&tree.processes)
     }
+}
+
+/// `avx, avx512f`
+fn registers(tree: &TreeSummary) -> String {
+    let mut names: Vec<&str> = tree.registers.iter().map(|need| need.feature).collect();
+    names.dedup();
+    if names.is_empty() { "any processor's".into() } else { format!("in use of {}", names.join(", ")) }
 }
 
 fn container(config: &Config) -> String {

@@ -35,6 +35,11 @@ pub struct Migrate {
     /// ssh://[user@]host[:port], or limosa://host:port/TICKET.
     destination: String,
 
+    /// What the other processor must have. What registers in use need cannot be told before the freeze: where that is
+    /// missing, the container runs on here after it.
+    #[arg(long, value_enum, default_value_t)]
+    cpu: super::Cpu,
+
     #[command(flatten)]
     trace: Trace,
 
@@ -73,7 +78,15 @@ impl Migrate {
         let mut report = Report::default();
         let watch =
             progress::watch(format!("{} → {}", self.name, address.redacted()), self.progress, context.json);
-        let migrated = migration::migrate(&registry, &self.name, &mut address, &store, watch, &mut report)?;
+        let migrated = migration::migrate(
+            &registry,
+            &self.name,
+            &mut address,
+            &store,
+            watch,
+            self.cpu.into(),
+            &mut report,
+        )?;
         match migrated.outcome {
             MigrationOutcome::Moved(_) => {}
             MigrationOutcome::Kept { reason } => {

@@ -14,6 +14,7 @@ mod run;
 mod shells;
 
 use clap::Subcommand;
+use limosa_engine::resources::processor::Rule;
 
 use crate::context::{Context, Failure, Outcome};
 
@@ -75,6 +76,25 @@ fn require_root(command: &str, code: u8) -> Result<(), Failure> {
         code,
         anyhow::anyhow!("not root: `limosa {command}` needs root's privileges (use sudo)"),
     ))
+}
+
+/// What a processor must have.
+#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
+enum Cpu {
+    /// All instructions that programs could find where they ran: they choose their code by them when they start.
+    #[default]
+    Features,
+    /// Only what registers in use need; programs that choose their code by the processor may die of SIGILL.
+    Registers,
+}
+
+impl From<Cpu> for Rule {
+    fn from(cpu: Cpu) -> Self {
+        match cpu {
+            Cpu::Features => Self::Features,
+            Cpu::Registers => Self::Registers,
+        }
+    }
 }
 
 /// An argument `KEY=PATH`.

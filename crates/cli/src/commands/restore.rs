@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::Args;
 use limosa_container::Changes;
+use limosa_engine::resources::processor;
 use limosa_engine::{Report, Times, restore};
 use limosa_image::Checkpoint;
 use limosa_kernel::signals::Signals;
@@ -55,6 +56,10 @@ pub struct Restore {
     #[arg(long, value_name = "KEY=PATH", value_parser = super::key_and_path)]
     external: Vec<(String, PathBuf)>,
 
+    /// What this processor must have.
+    #[arg(long, value_enum, default_value_t)]
+    cpu: super::Cpu,
+
     /// Print what would be done, down to each system call in the new processes, and do nothing.
     #[arg(long)]
     explain: bool,
@@ -80,7 +85,7 @@ impl Restore {
         let mut report = Report::default();
         let checkpoint = report.phase("open", |_| Checkpoint::open(&self.dir))?;
         if self.explain {
-            return explain(context, &checkpoint);
+            return explain(context, &checkpoint, self.cpu.into());
         }
         super::require_root("restore", 1)?;
         let signals = watched::hold_back();
@@ -108,6 +113,7 @@ impl Restore {
             root: self.root.clone(),
             detached: self.detach,
             externals: self.external.iter().cloned().collect(),
+            processor: self.cpu.into(),
             ..restore::Options::default()
         };
         let planned = report.phase("plan", |_| restore::Planned::new(checkpoint, options))?;
@@ -132,6 +138,7 @@ impl Restore {
             name: self.name.clone(),
             rootfs: self.root.as_ref().map(std::path::absolute).transpose()?,
             externals: self.external.iter().cloned().collect(),
+            processor: self.cpu.into(),
         };
         let prepared = limosa_container::prepare(&registry, checkpoint, changes, report);
         let prepared = reading.conclude(prepared)?;
@@ -218,8 +225,9 @@ impl Drop for Lent {
 }
 
 /// Prints the plan.
-fn explain(context: &Context, checkpoint: &Checkpoint) -> Outcome {
-    let plan = restore::Planned::new(checkpoint, restore::Options::default())?.explain()?;
+fn explain(context: &Context, checkpoint: &Checkpoint, processor: processor::Rule) -> Outcome {
+    let options = restore::Options { processor, ..restore::Options::default() };
+    let plan = restore::Planned::new(checkpoint, options)?.explain()?;
     context.report(&plan, &plan)?;
     Ok(ExitCode::SUCCESS)
 }

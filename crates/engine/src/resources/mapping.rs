@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use limosa_kernel::proc::{Mapping, MappingName, VmFlags};
+use limosa_kernel::proc::{Mapping, MappingName, Prot, VmFlags};
 use limosa_puppet::Program;
 use serde::{Deserialize, Serialize};
 
@@ -101,6 +101,11 @@ pub struct MappedFile {
     pub size: u64,
 }
 
+/// Whether a key of pkey_mprotect(2) guards the mapping. One that may only be executed has a key that the kernel gives it.
+fn is_keyed(mapping: &Mapping) -> bool {
+    mapping.prot != Prot::EXEC && mapping.protection_key.is_some_and(|key| key != 0)
+}
+
 impl MappingState {
     /// One without flags, advice, locks or name.
     pub fn plain(start: u64, length: u64, protection: i32, backing: Backing) -> Self {
@@ -189,6 +194,13 @@ impl MappingState {
         let flags = mapping.vm_flags.unwrap_or(VmFlags::empty());
         if let Some((_, reason, remedy)) = UNSUPPORTED.iter().find(|(flag, ..)| flags.contains(*flag)) {
             return Err(refuse(reason, remedy));
+        }
+        if is_keyed(mapping) {
+            let remedy = "have it give the memory back to key 0 (pkey_mprotect) before the checkpoint";
+            return Err(refuse(
+                "a protection key guards it, and nobody can tell which keys are taken",
+                remedy,
+            ));
         }
         let backing = match &mapping.name {
             // A private mapping of /dev/zero is anonymous; a shared one is of a nameless file of that name.

@@ -27,6 +27,7 @@ pub(crate) mod job_control;
 pub mod mapping;
 pub mod namespaces;
 mod paths;
+pub mod processor;
 pub mod shared_memory;
 pub mod vdso;
 

@@ -1,16 +1,19 @@
 //! Switches of a process that prctl(2), personality(2) and membarrier(2) set: adoption of orphans, huge pages, merged
 //! pages, memory errors, execution domain, whether memory may be writable and executable, and what the process has
-//! registered for (barriers on all processors fail without).
+//! registered for (barriers on all processors fail without), and arch_prctl(2)'s permission to use the tiles of AMX.
 
 use limosa_puppet::{CallId, Data, Outcome, Program};
 use serde::{Deserialize, Serialize};
 
 use super::ProcessAttribute;
+use super::processor::TILE_DATA;
 use crate::error::CaptureError;
 use crate::view::ProcessView;
 
 /// Argument of personality(2) that changes nothing.
 const ASK: u32 = 0xffff_ffff;
+const ARCH_GET_XCOMP_PERM: i32 = 0x1022;
+const ARCH_REQ_XCOMP_PERM: i32 = 0x1023;
 const PR_SET_MDWE: i32 = 65;
 const PR_GET_MDWE: i32 = 66;
 const PR_SET_MEMORY_MERGE: i32 = 67;
@@ -49,6 +52,9 @@ pub struct Switches {
     /// Registrations of membarrier(2), as `MEMBARRIER_CMD_GET_REGISTRATIONS` gives them.
     #[serde(default)]
     pub barriers: u64,
+    /// Parts of the registers that it may use, by number, as `ARCH_GET_XCOMP_PERM` gives them.
+    #[serde(default)]
+    pub permitted: u64,
 }
 
 /// Where the answers will be.
@@ -61,6 +67,7 @@ pub struct Asked {
     flushes: CallId,
     memory_errors: CallId,
     barriers: CallId,
+    permissions: Data,
 }
 
 impl ProcessAttribute for Switches {
@@ -70,12 +77,17 @@ impl ProcessAttribute for Switches {
         let subreaper = program.space(8);
         let arguments = [libc::PR_GET_CHILD_SUBREAPER.into(), subreaper.into()];
         program.call("ask whether it adopts orphans", libc::SYS_prctl, arguments);
+        // Zero where the kernel or the processor knows none.
+        let permissions = program.space(8);
+        let arguments = [ARCH_GET_XCOMP_PERM.into(), permissions.into()];
+        program.try_call("ask for its parts of the registers", libc::SYS_arch_prctl, arguments);
         let mut ask = |purpose, option: i32| {
             let arguments = [option.into(), 0.into(), 0.into(), 0.into(), 0.into()];
             program.try_call(purpose, libc::SYS_prctl, arguments)
         };
         Ok(Asked {
             subreaper,
+            permissions,
             no_huge_pages: ask("ask for its use of huge pages", libc::PR_GET_THP_DISABLE),
             deny_write_execute: ask("ask whether code may be written", PR_GET_MDWE),
             merge_pages: ask("ask whether pages are merged", PR_GET_MEMORY_MERGE),
@@ -102,10 +114,16 @@ impl ProcessAttribute for Switches {
             flushes: answer(asked.flushes) == 1,
             memory_errors: outcome.result(asked.memory_errors).ok().filter(|kill| *kill < MCE_KILL_DEFAULT),
             barriers: outcome.result(asked.barriers).unwrap_or(MEMBARRIER_UNKNOWN),
+            permitted: outcome.word(asked.permissions, 0),
         })
     }
 
     fn rebuild(&self, program: &mut Program) {
+        // The others every process may use.
+        if self.permitted & 1 << TILE_DATA != 0 {
+            let arguments = [ARCH_REQ_XCOMP_PERM.into(), TILE_DATA.into()];
+            program.call("ask for the tiles of AMX", libc::SYS_arch_prctl, arguments);
+        }
         if self.subreaper {
             let arguments = [libc::PR_SET_CHILD_SUBREAPER.into(), 1.into()];
             program.call("adopt orphans", libc::SYS_prctl, arguments);
