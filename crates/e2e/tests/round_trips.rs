@@ -68,6 +68,7 @@ round_trips! {
 
     pipes: "pipes";
     inet_sockets: "sockets-inet";
+    options_of_sockets: "socket-options";
     unix_sockets: "sockets-unix";
     unix_connections_not_accepted: "sockets-unix" "silent";
     peers_of_unix_sockets: "sockets-peers";
@@ -88,6 +89,14 @@ refusals! {
     a_namespace_is_refused: "refused" ["network-namespace"] "descriptor of a namespace";
     a_file_of_a_thread_is_refused: "refused" ["thread-file"] "not there yet";
     asynchronous_io_is_refused: "refused" ["aio"] "io_setup";
+    a_filter_in_ebpf_is_refused: "refused" ["bpf-filter"] "SO_ATTACH_BPF";
+    an_l2tp_socket_is_refused: "refused" ["l2tp"] "UDP_ENCAP";
+    a_datagram_that_was_begun_is_refused: "refused" ["begun"] "it has begun a datagram";
+    a_datagram_that_was_begun_over_ipv6_is_refused: "refused" ["begun-six"] "it has begun a datagram";
+    a_flow_label_is_refused: "refused" ["flow-label"] "flow label";
+    signed_segments_are_refused: "refused" ["signed"] "TCP_MD5SIG";
+    a_saved_syn_is_refused: "refused" ["saved-syn"] "TCP_SAVE_SYN";
+    a_socket_from_another_namespace_is_refused: "refused" ["from-elsewhere"] "another network namespace";
     a_lease_is_refused: "refused" ["lease"] "it holds a lease";
 }
 

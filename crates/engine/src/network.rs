@@ -14,8 +14,8 @@
 //! While the tree is being killed, Limosa's duplicates keep its sockets open: no `FIN` is sent, and they are
 //! abandoned without a packet afterwards.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -25,9 +25,10 @@ use limosa_kernel::net::multicast::{self, Group};
 use limosa_kernel::net::nft::{self, PacketLock, Scope};
 use limosa_kernel::net::raw::{self, Kind};
 use limosa_kernel::net::sock_diag::{Diag, UnixName, UnixSocket};
-use limosa_kernel::net::sockopt::SocketOption;
+use limosa_kernel::net::sockopt::{self, Foreign, SocketOption};
 use limosa_kernel::net::tcp_repair::{self, State};
 use limosa_kernel::net::tcp_snapshot::{self, Snapshot, SnapshotError};
+use limosa_kernel::proc::NsKind;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Options, TcpConnections, Unaccepted};
@@ -106,6 +107,21 @@ pub(crate) fn kind(view: &DescriptionView) -> Option<Kind> {
     if view.link.starts_with(b"socket:[") { raw::kind(&view.descriptor).ok() } else { None }
 }
 
+/// Refuses what a socket has beside its options.
+pub(crate) fn refuse_foreign_options(view: &DescriptionView) -> Result<(), CaptureError> {
+    match sockopt::foreign(&view.descriptor)? {
+        Some(Foreign { reason, remedy }) => Err(view.refuse(reason, remedy).into()),
+        None => Ok(()),
+    }
+}
+
+/// The network namespace that a socket is in, by device and inode number.
+fn namespace_of(view: &DescriptionView) -> Result<(u64, u64), CaptureError> {
+    let namespace = raw::namespace(&view.descriptor)?;
+    let stat = rustix::fs::fstat(&namespace).map_err(view.error("fstat of a network namespace"))?;
+    Ok((stat.st_dev, stat.st_ino))
+}
+
 /// What must be held while a tree with sockets is frozen.
 #[derive(Debug, Default)]
 pub struct Network {
@@ -114,6 +130,8 @@ pub struct Network {
     unix: HashMap<u64, UnixSocket>,
     /// The multicast groups of each network namespace, by its device and inode number.
     groups: HashMap<(u64, u64), Vec<Group>>,
+    /// Likewise, the TCP sockets whose segments are signed, by inode number.
+    signed: HashMap<(u64, u64), HashSet<u64>>,
     /// The PID in the tree of the peers of unix sockets, by the socket's inode number: of those that had to be asked for.
     pub(crate) peers: HashMap<u64, i32>,
     /// What becomes of the connections.
@@ -147,8 +165,7 @@ impl Network {
         let mut by_namespace: HashMap<(u64, u64), (OwnedFd, Vec<&DescriptionView>)> = HashMap::new();
         for view in found.iter().filter(|view| is_connected(view)) {
             let namespace = raw::namespace(&view.descriptor)?;
-            let stat = rustix::fs::fstat(&namespace).map_err(view.error("fstat of a network namespace"))?;
-            by_namespace.entry((stat.st_dev, stat.st_ino)).or_insert((namespace, Vec::new())).1.push(view);
+            by_namespace.entry(namespace_of(view)?).or_insert((namespace, Vec::new())).1.push(view);
         }
         for (namespace, views) in by_namespace.into_values() {
             let mut addresses = Vec::with_capacity(views.len());
@@ -195,11 +212,46 @@ impl Network {
 
     /// The multicast groups of all interfaces of the namespace that a socket is in, listed once.
     pub(crate) fn groups(&mut self, view: &DescriptionView) -> Result<&[Group], CaptureError> {
-        let namespace = raw::namespace(&view.descriptor)?;
-        let stat = rustix::fs::fstat(&namespace).map_err(view.error("fstat of a network namespace"))?;
-        match self.groups.entry((stat.st_dev, stat.st_ino)) {
+        match self.groups.entry(namespace_of(view)?) {
             Entry::Occupied(listed) => Ok(listed.into_mut()),
             Entry::Vacant(place) => Ok(place.insert(multicast::groups(&view.descriptor)?)),
+        }
+    }
+
+    /// Refuses an internet socket that has what no restore can give it, or that is in another network namespace than its process.
+    pub(crate) fn refuse_foreign(&mut self, view: &DescriptionView) -> Result<(), CaptureError> {
+        let namespace = namespace_of(view)?;
+        let home = view.process.proc.ns_id(NsKind::Net)?;
+        if namespace != (home.dev, home.ino) {
+            let reason = "it was made in another network namespace than its process is in";
+            return Err(view.refuse(reason, "close it before the checkpoint").into());
+        }
+        refuse_foreign_options(view)?;
+        if kind(view).is_some_and(|kind| kind.protocol == libc::IPPROTO_TCP)
+            && self.signed(view, namespace)?.contains(&view.stat.st_ino)
+        {
+            let reason = "it signs its segments (TCP_MD5SIG), with keys that would lie in the checkpoint";
+            return Err(view.refuse(reason, "close it before the checkpoint").into());
+        }
+        Ok(())
+    }
+
+    fn signed(
+        &mut self,
+        view: &DescriptionView,
+        namespace: (u64, u64),
+    ) -> Result<&HashSet<u64>, CaptureError> {
+        match self.signed.entry(namespace) {
+            Entry::Occupied(listed) => Ok(listed.into_mut()),
+            Entry::Vacant(place) => {
+                let mut diag = Diag::open_for(&view.descriptor)?;
+                let mut signed = HashSet::new();
+                for family in [libc::AF_INET, libc::AF_INET6] {
+                    let listed = diag.tcp_with_signatures(family)?.into_iter();
+                    signed.extend(listed.filter(|socket| socket.signed).map(|socket| socket.inode));
+                }
+                Ok(place.insert(signed))
+            }
         }
     }
 

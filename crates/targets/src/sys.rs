@@ -207,6 +207,20 @@ pub fn set_option(socket: &impl AsRawFd, level: i32, name: i32, value: &[u8]) ->
     Ok(())
 }
 
+/// `getsockopt(2)` with a length of `length`: the bytes that it has written, none where it fails.
+///
+/// No option writes more than 64 bytes with such a length, but filters do, whose length counts instructions of eight.
+pub fn option(socket: BorrowedFd<'_>, level: i32, name: i32, length: u32) -> Option<Vec<u8>> {
+    assert!(length <= 64, "no room for that much");
+    let (mut value, mut length) = ([0_u8; 64 * 8], length);
+    // SAFETY: the kernel writes at most 64 bytes, or instructions of eight, at `value`, and the length at `length`.
+    let answer = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut length)
+    };
+    let unit = if (level, name) == (libc::SOL_SOCKET, libc::SO_GET_FILTER) { 8 } else { 1 };
+    (answer == 0).then(|| value[..(length as usize * unit).min(value.len())].to_vec())
+}
+
 /// `CLOCK_MONOTONIC`, in nanoseconds.
 pub fn monotonic() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);

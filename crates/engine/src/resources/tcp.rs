@@ -9,7 +9,8 @@
 //! the connection.
 //!
 //! A closed socket that was connected once comes back as a new one (reading it gives `ENOTCONN` instead of the end of
-//! the stream). Refused: unread urgent data, kTLS and other upper layers, unread data of a closed connection.
+//! the stream). Refused: unread urgent data, kTLS and other upper layers, signed segments, a `SYN` kept for
+//! the program, unread data of a closed connection.
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -158,6 +159,10 @@ impl DescriptorKind for Tcp {
 
     fn capture(view: &DescriptionView, context: &mut CaptureContext) -> Result<Self, CaptureError> {
         let fd = view.descriptor.as_fd();
+        let closes = context.network.tcp == TcpConnections::Close && is_connected(view)?;
+        if !closes {
+            context.network.refuse_foreign(view)?;
+        }
         let ipv6 = network::kind(view).is_some_and(|kind| kind.domain == libc::AF_INET6);
         let options = network::to_state(sockopt::capture(fd)?);
         let role = match context.network.take(view.stat.st_ino) {
@@ -165,7 +170,7 @@ impl DescriptorKind for Tcp {
             Some(Err(error)) => {
                 return Err(view.refuse(error.to_string(), "let the connection come to rest and try again").into());
             }
-            None if context.network.tcp == TcpConnections::Close && is_connected(view)? => Role::Idle { local: None },
+            None if closes => Role::Idle { local: None },
             None => unconnected(view, context)?,
         };
         Ok(Self { ipv6, options, role })

@@ -5,6 +5,8 @@
 //! arrive while the tree is frozen and the queue has been read. Dropped, with a warning: the queue of a socket that is
 //! bound to a device or to the address of a group, where a packet over the loopback interface does not arrive.
 //!
+//! Lost: what came with a queued datagram (its destination, timestamps), and, with a warning, errors not read.
+//!
 //! Groups are joined again on the interface of the same name, with their source filters.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
@@ -86,6 +88,8 @@ impl DescriptorKind for Udp {
     }
 
     fn capture(view: &DescriptionView, context: &mut CaptureContext) -> Result<Self, CaptureError> {
+        context.network.refuse_foreign(view)?;
+        warn_of_errors(view);
         let mut state = Self::read(view.descriptor.as_fd())?;
         let joined = multicast::memberships(&view.descriptor, context.network.groups(view)?)?;
         let named = joined.into_iter().map(|multicast::Membership { group, include, sources }| {
@@ -119,9 +123,7 @@ impl Udp {
         let remote = rustix::net::getpeername(fd).ok().flatten();
         let remote = remote.and_then(|remote| SocketAddr::try_from(remote).ok());
         let queue = if local.port() == 0 { Vec::new() } else { peek::receive_queue(fd)? };
-        let queue = queue
-            .into_iter()
-            .filter_map(|message| Some(Datagram { from: sender(&message.sender)?, data: message.data }));
+        let queue = queue.into_iter().flat_map(datagrams);
         Ok(Self {
             ipv6: local.is_ipv6(),
             options: network::to_state(sockopt::capture(fd)?),
@@ -166,6 +168,17 @@ impl Udp {
     }
 }
 
+/// An error that the program has not been told, or a timestamp of what it sent, can be read once only.
+fn warn_of_errors(view: &DescriptionView) {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut polled = [PollFd::new(&view.descriptor, PollFlags::empty())];
+    let asked = poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+    if asked.is_ok() && polled[0].revents().contains(PollFlags::ERR) {
+        let (pid, descriptor) = (view.process.pid, view.number);
+        tracing::warn!(pid, descriptor, "an error or timestamp of a UDP socket, not read yet, is not carried");
+    }
+}
+
 fn deliver(socket: &OwnedFd, queue: &[(SocketAddr, SocketAddr, Vec<u8>)]) -> Result<(), RestoreError> {
     if queue.is_empty() {
         return Ok(());
@@ -183,6 +196,17 @@ fn deliver(socket: &OwnedFd, queue: &[(SocketAddr, SocketAddr, Vec<u8>)]) -> Res
         }
     }
     Ok(())
+}
+
+/// A message of the queue as datagrams: the kernel may have joined several of one sender (`UDP_GRO`).
+fn datagrams(message: peek::Message) -> Vec<Datagram> {
+    let Some(from) = sender(&message.sender) else { return Vec::new() };
+    match message.segment.filter(|segment| *segment < message.data.len()) {
+        Some(segment) => {
+            message.data.chunks(segment).map(|part| Datagram { from, data: part.to_vec() }).collect()
+        }
+        None => vec![Datagram { from, data: message.data }],
+    }
 }
 
 /// The sender of a datagram, from `struct sockaddr_in` or `sockaddr_in6`.
@@ -219,8 +243,26 @@ mod tests {
             for address in ["127.0.0.1:0", "[::1]:0", "0.0.0.0:0", "[::]:0"] {
                 round_trip(address);
             }
+            joined_datagrams_are_parted();
         });
         thread.join().unwrap();
+    }
+
+    /// A sender gives the kernel several at once, which it leaves together for a receiver that takes them so.
+    fn joined_datagrams_are_parted() {
+        let (receiver, sender) = (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
+        let set = |socket: &UdpSocket, name, value: i32| {
+            let option = sockopt::SocketOption { level: libc::IPPROTO_UDP, name, value: value.to_ne_bytes().into() };
+            sockopt::apply(socket, &[option], Phase::Last).unwrap();
+        };
+        set(&receiver, libc::UDP_GRO, 1);
+        set(&sender, libc::UDP_SEGMENT, 1000);
+        sender.send_to(&[7; 2500], receiver.local_addr().unwrap()).unwrap();
+        let state = Udp::read(receiver.as_fd()).unwrap();
+        let lengths: Vec<_> = state.queue.iter().map(|datagram| datagram.data.len()).collect();
+        assert_eq!(lengths, [1000, 1000, 500]);
+        let together = receiver.recv(&mut [0; 5000]).unwrap();
+        assert_eq!(together, 2500, "the kernel has not joined them");
     }
 
     fn round_trip(address: &str) {

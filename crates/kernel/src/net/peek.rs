@@ -30,6 +30,8 @@ pub struct Message {
     pub descriptors: Vec<OwnedFd>,
     /// The sender's process, user and group as seen from here, where the socket asks for them (`SO_PASSCRED`).
     pub credentials: Option<(i32, u32, u32)>,
+    /// The bytes are those of several UDP datagrams, each of this length but the last (`UDP_GRO`).
+    pub segment: Option<usize>,
 }
 
 /// More than any queue of a real program; a limit against endless growth.
@@ -49,6 +51,7 @@ struct Slot {
     descriptors: [i32; MOST_DESCRIPTORS],
     count: usize,
     credentials: Option<(i32, u32, u32)>,
+    segment: Option<usize>,
 }
 
 /// How the helper's work ended.
@@ -76,6 +79,7 @@ pub fn receive_queue(socket: impl AsFd) -> Result<Vec<Message>> {
             descriptors: [-1; MOST_DESCRIPTORS],
             count: 0,
             credentials: None,
+            segment: None,
         };
         let mut slots = vec![empty; messages];
         let mut used = 0;
@@ -112,6 +116,7 @@ fn own(slot: &Slot, data: &[u8]) -> Message {
             .map(|number| unsafe { OwnedFd::from_raw_fd(*number) })
             .collect(),
         credentials: slot.credentials,
+        segment: slot.segment,
     }
 }
 
@@ -262,6 +267,7 @@ fn peek(fd: BorrowedFd<'_>, room: &mut [u8], slot: &mut Slot) -> io::Result<bool
     slot.sender_length = (header.msg_namelen as usize).min(slot.sender.len());
     slot.count = 0;
     slot.credentials = None;
+    slot.segment = None;
     // SAFETY: the kernel filled `control` with whole headers within msg_controllen; CMSG_NXTHDR stops there.
     let mut part = unsafe { libc::CMSG_FIRSTHDR(&raw const header) };
     while !part.is_null() {
@@ -284,6 +290,11 @@ fn peek(fd: BorrowedFd<'_>, room: &mut [u8], slot: &mut Slot) -> io::Result<bool
                 // SAFETY: the data of this header is a struct ucred of 12 bytes.
                 let sender = unsafe { data.cast::<libc::ucred>().read_unaligned() };
                 slot.credentials = Some((sender.pid, sender.uid, sender.gid));
+            }
+            (libc::SOL_UDP, libc::UDP_GRO) if length >= 2 => {
+                // SAFETY: the data of this header is an int, whose first two bytes on x86 are the length (at most 65535).
+                let segment = unsafe { data.cast::<u16>().read_unaligned() };
+                slot.segment = (segment != 0).then_some(segment.into());
             }
             // A pidfd of the sender (SO_PASSPIDFD): ours to close.
             (libc::SOL_SOCKET, 4) if length >= 4 => {

@@ -35,6 +35,8 @@ pub struct InetSocket {
     pub send_queue: u32,
     /// The directions that are shut down.
     pub shutdown: Shutdown,
+    /// Whether its segments are signed (`TCP_MD5SIG`, RFC 2385), where that was asked for. Told to whom has `CAP_NET_ADMIN`.
+    pub signed: bool,
 }
 
 /// The directions of a socket that are shut down.
@@ -122,16 +124,29 @@ impl Diag {
     /// every state but `TIME_WAIT`, which belongs to no process.
     pub fn inet(&mut self, family: i32, protocol: i32) -> Result<Vec<InetSocket>> {
         const TIME_WAIT: u32 = 1 << 6;
-        self.inet_in(!TIME_WAIT, family, protocol)
+        self.inet_in(!TIME_WAIT, family, protocol, 0)
+    }
+
+    /// Likewise all TCP sockets of a family, with what the kernel tells only beside `struct tcp_info`: which are signed.
+    pub fn tcp_with_signatures(&mut self, family: i32) -> Result<Vec<InetSocket>> {
+        const TIME_WAIT: u32 = 1 << 6;
+        const INET_DIAG_INFO: u8 = 2;
+        self.inet_in(!TIME_WAIT, family, libc::IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1))
     }
 
     /// All listening TCP sockets of a family.
     pub fn tcp_listeners(&mut self, family: i32) -> Result<Vec<InetSocket>> {
-        self.inet_in(LISTEN, family, libc::IPPROTO_TCP)
+        self.inet_in(LISTEN, family, libc::IPPROTO_TCP, 0)
     }
 
-    fn inet_in(&mut self, states: u32, family: i32, protocol: i32) -> Result<Vec<InetSocket>> {
-        let mut request = vec![family as u8, protocol as u8, 0, 0];
+    fn inet_in(
+        &mut self,
+        states: u32,
+        family: i32,
+        protocol: i32,
+        extensions: u8,
+    ) -> Result<Vec<InetSocket>> {
+        let mut request = vec![family as u8, protocol as u8, extensions, 0];
         request.extend(states.to_ne_bytes());
         request.extend([0; 40]);
         // No cookie.
@@ -186,6 +201,7 @@ fn u32_at(bytes: &[u8], at: usize) -> std::result::Result<u32, String> {
 fn parse_inet(payload: &[u8]) -> std::result::Result<InetSocket, String> {
     const SIZE: usize = 72;
     const SHUTDOWN: u16 = 8;
+    const MD5SIG: u16 = 18;
     let Some(fixed) = payload.first_chunk::<SIZE>() else {
         return Err(format!("{} bytes are no inet_diag_msg", payload.len()));
     };
@@ -213,6 +229,7 @@ fn parse_inet(payload: &[u8]) -> std::result::Result<InetSocket, String> {
         receive_queue: u32_at(fixed, 56)?,
         send_queue: u32_at(fixed, 60)?,
         shutdown: Shutdown::from_bits(shutdown),
+        signed: netlink::attributes(&payload[SIZE..]).any(|(kind, _)| kind == MD5SIG),
     })
 }
 

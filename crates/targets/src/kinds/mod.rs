@@ -24,6 +24,7 @@ mod seccomp;
 mod server;
 mod signals;
 mod sleeps;
+mod socket_options;
 mod sockets_inet;
 mod sockets_peers;
 mod sockets_unix;
@@ -77,6 +78,7 @@ const KINDS: &[(&str, SetUp)] = &[
     ("server", server::set_up),
     ("signals", signals::set_up),
     ("sleeps", sleeps::set_up),
+    ("socket-options", socket_options::set_up),
     ("sockets-inet", sockets_inet::set_up),
     ("sockets-peers", sockets_peers::set_up),
     ("sockets-unix", sockets_unix::set_up),

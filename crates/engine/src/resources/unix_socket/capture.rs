@@ -27,6 +27,7 @@ pub(super) fn capture(
         libc::SOCK_DGRAM => Kind::Datagram,
         _ => Kind::Packets,
     };
+    network::refuse_foreign_options(view)?;
     let role = role(view, &listed, kind, context)?;
     let (read_shut, write_shut) = shut(listed.shutdown);
     let queue = match role {

@@ -1,9 +1,11 @@
 //! What cannot be carried, each by the name of the option: a checkpoint must refuse it by name, and leave it alone.
 
+mod sockets;
+
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use rustix::fs::{Mode, OFlags};
 
 use super::{Setting, Verify};
@@ -50,7 +52,7 @@ fn make(setting: &Setting, kind: &str) -> Result<Vec<OwnedFd>> {
         }
         "lease" => lease(setting)?,
         "child-namespace" => return child_namespace(),
-        other => bail!("no object is called {other}"),
+        other => return sockets::make(other),
     };
     Ok(vec![descriptor])
 }
