@@ -33,7 +33,7 @@ test-vm: ## Run the suite that migrates between two virtual machines (needs root
 sweep: ## Kill Limosa at each of its operations, restore thousands of hostile checkpoints (needs root; `make test` does some)
 	@scripts/ensure-packages test
 	LIMOSA_SWEEP=full LIMOSA_SWEEP_SECONDS=$${LIMOSA_SWEEP_SECONDS:-120} $(CARGO) nextest run --locked --profile sweep \
-		-p limosa-e2e -p limosa-puppet --test kill_sweep --test hostile_checkpoints
+		-p limosa-e2e -p limosa-puppet --test kill_sweep --test hostile_checkpoints --test twins
 
 .PHONY: demo
 demo: ## Move a running redis between two hosts and back, under a connected client (needs root)

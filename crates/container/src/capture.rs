@@ -5,7 +5,8 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 
 use limosa_engine::checkpoint::{self, Captured, TcpConnections, Unaccepted};
-use limosa_engine::{CaptureError, Refusal, Refusals, Report, preflight};
+use limosa_engine::twin::Remainder;
+use limosa_engine::{CaptureError, MemoryMode, Refusal, Refusals, Report, preflight};
 use limosa_image::{Sink, WriteError};
 use serde::{Deserialize, Serialize};
 
@@ -43,6 +44,7 @@ pub struct Source {
     tcp: TcpConnections,
     externals: HashMap<(u64, u64), String>,
     unaccepted: Unaccepted,
+    memory: MemoryMode,
     leaves_running: bool,
 }
 
@@ -72,6 +74,7 @@ impl Source {
             tcp: TcpConnections::default(),
             externals: HashMap::new(),
             unaccepted: Unaccepted::default(),
+            memory: MemoryMode::default(),
             leaves_running: false,
         })
     }
@@ -86,6 +89,12 @@ impl Source {
     #[must_use]
     pub fn running_on(self, leaves_running: bool) -> Self {
         Self { leaves_running, ..self }
+    }
+
+    /// Says how its memory is to be stored; by default while it is frozen.
+    #[must_use]
+    pub fn stored(self, memory: MemoryMode) -> Self {
+        Self { memory, ..self }
     }
 
     /// Says which files that are not its own it may have open: keys by device and inode.
@@ -133,6 +142,7 @@ impl Source {
             tcp: self.tcp,
             unaccepted: self.unaccepted,
             leaves_running: self.leaves_running,
+            memory: self.memory.clone(),
         })
     }
 
@@ -193,8 +203,8 @@ impl CapturedContainer {
         Ok(self.record.cgroup.freeze(true)?)
     }
 
-    /// Lets it run on.
-    pub fn release(self) -> Result<(), ContainerCaptureError> {
+    /// Lets it run on. What is still to be stored of its memory, while it does, is returned.
+    pub fn release(self) -> Result<Remainder, ContainerCaptureError> {
         if self.disconnected
             && let Some(name) = &self.record.host_link
         {

@@ -80,7 +80,7 @@ pub fn migrate<C: Connect>(
         Ok(outcome) => {
             match &outcome {
                 Outcome::Moved(_) => report.phase("end", |_| captured.end(registry))?,
-                Outcome::Kept { .. } => captured.release()?,
+                Outcome::Kept { .. } => drop(captured.release()?),
                 // Sealed, it stays frozen without us, until somebody finds out.
                 Outcome::Unknown { .. } => drop(captured),
             }

@@ -11,7 +11,7 @@ use crate::target::Target;
 /// How often the same checkpoint is restored.
 const RESTORES: usize = 3;
 
-/// A target of `kind`: a checkpoint that leaves it running, another that ends it, and restores of both, each of
+/// A target of `kind`: a checkpoint that leaves it running, from its processes' twins, another that ends it, and restores of both, each of
 /// which must be whole, with the same PID, and checkable more than once.
 pub fn round_trip(sandbox: &Sandbox, kind: &str, options: &[&str]) -> Result<()> {
     round_trip_of(sandbox, &Target::start(sandbox, kind, options)?)
@@ -22,8 +22,8 @@ pub fn round_trip_of(sandbox: &Sandbox, target: &Target) -> Result<()> {
     target.verify().context("before any checkpoint")?;
 
     let first = sandbox.path("first");
-    limosa::checkpoint(sandbox, target.root(), &first, Source::GoesOn, &[])?
-        .success("checkpoint --leave-running")?;
+    limosa::checkpoint(sandbox, target.root(), &first, Source::GoesOn, &["--mode", "twin"])?
+        .success("checkpoint --leave-running --mode twin")?;
     for _ in 0..2 {
         target.verify().context("in the source, left running by a checkpoint")?;
     }

@@ -130,7 +130,8 @@ fn look_at(pid: Pid, things: &mut BTreeSet<String>) -> Result<bool> {
     if let ["Z", parent, ..] = fields[..] {
         // Limosa's own helpers are reaped by process 1, which is the test, at its end.
         if parent != "1" {
-            things.insert(format!("{number} zombie"));
+            let name = stat.split_once('(').and_then(|(_, rest)| rest.rsplit_once(')')).map(|(name, _)| name);
+            things.insert(format!("{number} zombie {} of {parent}", name.unwrap_or_default()));
         }
         return Ok(false);
     }

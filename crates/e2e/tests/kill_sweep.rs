@@ -35,11 +35,13 @@ fn checkpoint_arguments(root: Pid, out: &Path, source: Source) -> Vec<OsString> 
 fn sweep_leaving_running(
     sandbox: &Sandbox,
     root: Pid,
+    mode: &str,
     some: u64,
     mut verify: impl FnMut() -> Result<String>,
 ) -> Result<()> {
     let out = sandbox.path("swept");
-    let arguments = checkpoint_arguments(root, &out, Source::GoesOn);
+    let mut arguments = checkpoint_arguments(root, &out, Source::GoesOn);
+    arguments.extend(["--mode".into(), mode.into()]);
     verify().context("before the sweep")?;
     let total = count(sandbox, &arguments)?;
     fs::remove_dir_all(&out)?;
@@ -72,7 +74,17 @@ fn sweep_leaving_running(
 fn checkpoint_of_twenty_threads() {
     sandboxed(|sandbox| {
         let target = Target::start(sandbox, "threads", &[])?;
-        sweep_leaving_running(sandbox, target.root(), 50, || target.verify())?;
+        sweep_leaving_running(sandbox, target.root(), "stop", 50, || target.verify())?;
+        target.quit().map(drop)
+    });
+}
+
+/// The twins that a killed Limosa leaves end and are reaped.
+#[test]
+fn checkpoint_of_twenty_threads_from_a_twin() {
+    sandboxed(|sandbox| {
+        let target = Target::start(sandbox, "threads", &[])?;
+        sweep_leaving_running(sandbox, target.root(), "twin", 50, || target.verify())?;
         target.quit().map(drop)
     });
 }
@@ -82,7 +94,7 @@ fn checkpoint_of_twenty_threads() {
 fn checkpoint_of_a_tree() {
     sandboxed(|sandbox| {
         let target = Target::start(sandbox, "tree", &[])?;
-        sweep_leaving_running(sandbox, target.root(), 50, || target.verify())?;
+        sweep_leaving_running(sandbox, target.root(), "twin", 50, || target.verify())?;
         target.quit()?;
         sandbox.end_all()
     });
@@ -116,7 +128,7 @@ fn checkpoint_of_redis_with_clients() {
         let (root, done) = (redis.root(), AtomicBool::new(false));
         std::thread::scope(|scope| {
             let busy = scope.spawn(|| increment(REDIS_PORT, &done));
-            let swept = sweep_leaving_running(sandbox, root, 50, || redis.verify());
+            let swept = sweep_leaving_running(sandbox, root, "twin", 50, || redis.verify());
             done.store(true, Ordering::SeqCst);
             let (count, gap) = busy.join().expect("the client does not panic")?;
             println!("{count} increments on a busy connection, largest gap {gap:?}");

@@ -65,6 +65,8 @@ round_trips! {
     tree: "tree";
     vdso: "vdso";
     watchers: "watchers";
+    writers: "writers";
+    writers_with_churn: "writers" "churn";
 
     pipes: "pipes";
     inet_sockets: "sockets-inet";

@@ -213,6 +213,35 @@ fn too_few_processes() {
     });
 }
 
+/// Then a source cannot fork: its memory is stored while it is frozen, and the report says so.
+#[test]
+fn no_room_for_a_twin() {
+    sandboxed(|sandbox| {
+        let group = Group::new("pids")?;
+        let target = Target::start(sandbox, "memory", &[])?;
+        fs::write(group.0.join("cgroup.procs"), target.root().as_raw_pid().to_string())?;
+        fs::write(group.0.join("pids.max"), "1")?;
+        let out = sandbox.path("without");
+        let options = ["--mode", "twin", "--json"];
+        let said = limosa::checkpoint(sandbox, target.root(), &out, Source::GoesOn, &options)?;
+        let said = said.success("checkpoint without room for a twin")?;
+        ensure!(said.out.contains("could not fork (Resource temporarily unavailable"), "{}", said.out);
+        target.verify()?;
+        fs::write(group.0.join("pids.max"), "max")?;
+        let with = sandbox.path("with");
+        let said = limosa::checkpoint(sandbox, target.root(), &with, Source::GoesOn, &options)?;
+        let said = said.success("checkpoint with room for a twin")?;
+        ensure!(!said.out.contains("could not fork"), "{}", said.out);
+        target.quit()?;
+        for checkpoint in [out, with] {
+            limosa::restore(sandbox, &checkpoint, &[])?;
+            target.quit()?;
+            wait_until_alone()?;
+        }
+        Ok(())
+    });
+}
+
 /// A migration fails under each of the conditions, with redis and its clients going on, and then succeeds.
 fn migrate_short(sandbox: &Sandbox, conditions: &[String]) -> Result<()> {
     let container = Contained::new(sandbox)?;

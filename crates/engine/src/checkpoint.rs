@@ -6,13 +6,12 @@
 //!
 //! Dropped at any point, or killed, the tree runs on.
 
-use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 
 use limosa_image::Sink;
 use limosa_kernel::memory::ForeignMemory;
-use limosa_kernel::proc::{MappingName, TaskState};
+use limosa_kernel::proc::{MappingName, ProcDir, TaskState};
 use limosa_kernel::task::{self, Comparison};
 use limosa_puppet::{Outcome, Program, Vdso, Visit, step_out_of_stub};
 
@@ -20,7 +19,8 @@ use crate::error::{CaptureError, Refusal};
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::guardian::{self, Guardian};
 use crate::listeners::{self, Listeners};
-use crate::memory::{self, SpaceAllocator};
+use crate::memory::{self, SpaceAllocator, Way};
+use crate::memory_mode::{MemoryMode, Mode};
 use crate::network::{self, Network};
 use crate::peers;
 use crate::report::Report;
@@ -35,6 +35,7 @@ use crate::resources::{
 use crate::resources::{file_locks, job_control};
 use crate::sharing;
 use crate::state::{Body, Description, Descriptor, Life, Pages, Process, TREE, Thread, Tree};
+use crate::twin::{self, Remainder};
 use crate::view::{DescriptionView, ProcessView, ThreadView};
 
 /// How to checkpoint.
@@ -50,6 +51,8 @@ pub struct Options {
     pub unaccepted: Unaccepted,
     /// Whether the source is to run on afterwards.
     pub leaves_running: bool,
+    /// How memory is captured.
+    pub memory: MemoryMode,
 }
 
 /// What becomes of connections that wait in a listening socket and that its program does not accept in time.
@@ -83,6 +86,8 @@ pub struct Captured {
     /// Whether the kernel ends and reaps all with the root, which leads a PID namespace.
     own_pid_namespace: bool,
     root: i32,
+    // Dropped last: processes that run reap their twins.
+    remainder: Remainder,
 }
 
 /// Freezes the tree rooted at `root` and puts everything about it into `sink`.
@@ -96,6 +101,7 @@ pub fn capture(
     let settings = if options.container { settings::of_process(root)? } else { Vec::new() };
     let (frozen, listeners) = listeners::freeze(root, options, report)?;
     let views = report.phase("look", |_| views(&frozen))?;
+    twin::reap_leftovers(&frozen, &views)?;
     report.phase("sharing", |_| -> Result<(), CaptureError> {
         refuse_sharing(&frozen)?;
         let home = Home::of(views[0].proc);
@@ -112,11 +118,17 @@ pub fn capture(
         let came_later = listeners.as_ref().is_some_and(|listeners| listeners.were_empty);
         capture_descriptors(&views, &mut processes, sink, &mut spaces, &mut shared, options, came_later)
     })?;
-    let runs = report.phase("pages", |_| sharing::survey(&views, &mut processes))?;
+    let mut runs = report.phase("pages", |_| sharing::survey(&views, &mut processes))?;
+    let mut remainder = Remainder::default();
+    if options.memory.mode == Mode::Twin {
+        remainder = report.phase("fork", |_| twin::fork_all(&views, &processes, &mut runs))?;
+    }
+    report.memory = Some(remainder.explain(&options.memory));
     report.phase("memory", |report| -> Result<(), CaptureError> {
         for ((view, process), runs) in views.iter().zip(&processes).zip(&runs) {
             if let Life::Alive(body) = &process.life {
-                report.page_bytes += memory::copy_out(view, &body.mappings, runs, body.pages.own(), sink)?;
+                let (pid, space) = (view.pid, body.pages.own());
+                report.page_bytes += memory::copy_out(pid, &body.mappings, runs, space, sink, Way::Direct)?;
             }
         }
         Ok(())
@@ -128,7 +140,7 @@ pub fn capture(
     let terminals = terminals.finish(&views);
     let vdso = vdso::own()?.map(|own| own.state.clone());
     let registers = Some(Layout::here());
-    let tree =
+    let mut tree =
         Tree { processes, descriptions, shared_objects, terminals, namespaces, vdso, registers, packet_lock };
     report.processes = tree.processes.len();
     report.threads = tree.living().map(|(_, body)| body.threads.len()).sum();
@@ -136,16 +148,18 @@ pub fn capture(
     report.descriptions = tree.descriptions.len();
     report.phase("state", |_| limosa_image::put(sink, TREE, &tree))?;
     let own_pid_namespace = tree.namespaces.own.iter().any(|kind| kind == "pid");
+    remainder.take_mappings(&mut tree.processes);
     drop(views);
-    Ok(Captured { network, frozen, listeners, own_pid_namespace, root })
+    Ok(Captured { network, frozen, listeners, own_pid_namespace, root, remainder })
 }
 
 impl Captured {
-    /// Lets the tree run on.
-    pub fn release(self) -> Result<(), CaptureError> {
+    /// Lets the tree run on. What is still to be stored of its memory, while it does, is returned.
+    pub fn release(self) -> Result<Remainder, CaptureError> {
         drop(self.network);
         drop(self.listeners);
-        self.frozen.release()
+        self.frozen.release()?;
+        Ok(self.remainder)
     }
 
     /// Ends the tree, which lives on in the checkpoint.
@@ -450,30 +464,25 @@ fn owner(view: &DescriptionView, own_pids: &HashMap<i32, i32>) -> Option<(i32, i
     Some((kind, own, signal))
 }
 
+/// Has a frozen process reap children that have ended, by the PIDs that it knows them by.
+pub(crate) fn reap_inside(parent: &ProcessView, children: &[i32]) -> Result<(), CaptureError> {
+    let mut program = Program::new();
+    for child in children {
+        let arguments = [(*child).into(), 0.into(), (libc::__WALL | libc::WNOHANG).into(), 0.into()];
+        program.try_call("reap a child", libc::SYS_wait4, arguments);
+    }
+    run_inside(parent, program).map(drop)
+}
+
 /// Has a frozen parent reap children that have just been ended: process 1 may be slow to do it.
 fn reap_children(parent: i32, children: &[i32]) {
     let reap = || -> Result<(), CaptureError> {
-        let proc = limosa_kernel::proc::ProcDir::open(parent)?;
-        let (status, stat) = (proc.status()?, proc.stat()?);
-        let mappings = proc.maps()?;
-        let view = ProcessView {
-            pid: parent,
-            own_pid: parent,
-            proc: &proc,
-            stat,
-            mappings,
-            status,
-            mounts: OnceCell::new(),
+        let proc = ProcDir::open(parent)?;
+        let own = |child: &i32| {
+            let status = ProcDir::open(*child).and_then(|proc| proc.status());
+            status.ok().and_then(|status| status.ns_pid.last().copied()).unwrap_or(*child)
         };
-        let mut program = Program::new();
-        for child in children {
-            let own = limosa_kernel::proc::ProcDir::open(*child).and_then(|proc| proc.status());
-            let own = own.ok().and_then(|status| status.ns_pid.last().copied()).unwrap_or(*child);
-            let arguments = [own.into(), 0.into(), libc::__WALL.into(), 0.into()];
-            program.try_call("reap a child", libc::SYS_wait4, arguments);
-        }
-        run_inside(&view, program)?;
-        Ok(())
+        reap_inside(&ProcessView::glance(parent, &proc)?, &children.iter().map(own).collect::<Vec<_>>())
     };
     if let Err(error) = reap() {
         tracing::debug!(parent, %error, "its children are left to process 1");

@@ -12,6 +12,7 @@ use limosa_kernel::proc::{ProcDir, Status, TaskState};
 use limosa_kernel::ptrace::{self, WaitStatus};
 
 use crate::error::CaptureError;
+use crate::twin::is_twin;
 
 /// Longest wait for one thread to stop; only one in an uninterruptible sleep takes long.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -37,13 +38,15 @@ pub struct FrozenProcess {
 pub struct Frozen {
     /// Parents before children; the first is the root.
     pub processes: Vec<FrozenProcess>,
+    /// Twins that killed checkpoints have left with these processes, as the processes call them, to be reaped.
+    pub(crate) leftovers: Vec<(i32, Vec<i32>)>,
     seized: Vec<i32>,
 }
 
 impl Frozen {
     /// Stops the tree rooted at `root`.
     pub fn stop(root: i32) -> Result<Self, CaptureError> {
-        let mut frozen = Self { processes: Vec::new(), seized: Vec::new() };
+        let mut frozen = Self { processes: Vec::new(), leftovers: Vec::new(), seized: Vec::new() };
         frozen.add(root, 0)?;
         frozen.gather()?;
         frozen.clear_vdso()?;
@@ -83,7 +86,15 @@ impl Frozen {
     fn add(&mut self, pid: i32, parent: i32) -> Result<(), CaptureError> {
         let proc = ProcDir::open(pid)?;
         let mut process = FrozenProcess { pid, parent, proc, threads: Vec::new(), job_stopped: None };
-        stop_threads(&mut self.seized, &mut process)?;
+        let stopped = stop_threads(&mut self.seized, &mut process);
+        let cannot_be_stopped = stopped.is_err() || process.threads.is_empty();
+        if cannot_be_stopped && parent != 0 && process.proc.stat().is_ok_and(|stat| is_twin(&stat)) {
+            // Another checkpoint reads it, or was killed.
+            let own = process.proc.status()?.ns_pid.last().copied().unwrap_or(pid);
+            self.leftovers.push((parent, vec![own]));
+            return Ok(());
+        }
+        stopped?;
         self.processes.push(process);
         Ok(())
     }
@@ -211,7 +222,7 @@ fn stop_threads(seized: &mut Vec<i32>, process: &mut FrozenProcess) -> Result<()
     Err(CaptureError::Unstable { root: process.pid })
 }
 
-struct Settled {
+pub(crate) struct Settled {
     signal: i32,
 }
 
@@ -224,7 +235,7 @@ impl Settled {
 
 /// Waits for an interrupted thread's stop. A signal that was just being delivered is delivered first: the
 /// thread then stops at its handler's first instruction.
-fn settle(tid: i32) -> Result<Option<Settled>, CaptureError> {
+pub(crate) fn settle(tid: i32) -> Result<Option<Settled>, CaptureError> {
     loop {
         match ptrace::wait_within(tid, PATIENCE) {
             Ok(WaitStatus::Stopped { signal, event: ptrace::EVENT_STOP }) => {

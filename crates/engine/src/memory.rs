@@ -1,6 +1,7 @@
 //! The content of private memory: copied out of frozen processes, put into puppets.
 //!
-//! One interface for how memory is captured and how it comes back: stop-and-copy and eager are the ways there are.
+//! One interface for how memory is captured (from the frozen process, or from its twin while it runs on) and how it comes
+//! back (eagerly).
 
 use limosa_image::{Checkpoint, Extent, Sink, SpaceId};
 use limosa_kernel::memory::{self, ForeignMemory, Range};
@@ -10,7 +11,6 @@ use crate::pieces::{Piece, Pieces};
 use crate::resources::mapping::MappingState;
 use crate::sharing::OwnRuns;
 use crate::state::{Body, Pages};
-use crate::view::ProcessView;
 
 const PAGE: usize = 4096;
 /// Larger buffers leave the processor's caches and are slower.
@@ -29,28 +29,38 @@ impl SpaceAllocator {
     }
 }
 
-/// Copies private pages of a frozen process into `sink`: those that `runs` gives for each mapping. Returns bytes stored.
+/// How pages are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// As fast as can be: by process_vm_readv(2), where that does no harm.
+    Direct,
+    /// Never so that the process that is read gets a copy of its own of a page that it shares.
+    Unshared,
+}
+
+/// Copies private pages of process `pid`, which stands still, into `sink`: those that `runs` gives for each mapping.
+/// Returns bytes stored.
 pub fn copy_out(
-    process: &ProcessView,
+    pid: i32,
     mappings: &[MappingState],
     runs: &OwnRuns,
     space: SpaceId,
     sink: &mut dyn Sink,
+    way: Way,
 ) -> Result<u64, CaptureError> {
     let mut foreign = None;
-    let mut copier =
-        Copier { pid: process.pid, space, sink, buffer: vec![0; BUFFER], ranges: Vec::new(), stored: 0 };
+    let mut copier = Copier { pid, space, sink, buffer: vec![0; BUFFER], ranges: Vec::new(), stored: 0 };
     for (mapping, runs) in mappings.iter().zip(runs) {
         let skip_zeros = mapping.starts_as_zeros();
         let readable = mapping.protection & libc::PROT_READ as u32 != 0;
         for run in runs {
-            let length = run.end - run.start;
-            if readable && !run.shared {
+            let length = run.length();
+            if readable && !run.shared && way == Way::Direct {
                 copier.add(run.start, length, skip_zeros)?;
             } else {
                 // process_vm_readv honours the protection, and unshares what it reads; /proc/PID/mem does neither.
                 if foreign.is_none() {
-                    foreign = Some(ForeignMemory::open(process.pid)?);
+                    foreign = Some(ForeignMemory::open(pid)?);
                 }
                 if let Some(foreign) = &foreign {
                     copier.copy_protected(foreign, run.start, length, skip_zeros)?;

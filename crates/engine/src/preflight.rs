@@ -55,19 +55,28 @@ pub fn look(root: i32, options: &Options) -> Result<Vec<Refusal>, CaptureError> 
     }
     let home = members.first().map(|root| Home::of(&root.proc));
     for view in views.iter().filter(|view| view.status.state != TaskState::Zombie) {
-        refusals.extend(traced(view));
-        note(&mut refusals, filesystem::root(view));
+        let mut own = Vec::from_iter(traced(view));
+        note(&mut own, filesystem::root(view));
         if let Some(home) = &home {
-            note(&mut refusals, home.refuse_strays(view));
-            note(&mut refusals, home.refuse_stray_threads(view));
+            note(&mut own, home.refuse_strays(view));
+            note(&mut own, home.refuse_stray_threads(view));
         }
-        refusals.extend(MappingState::refusals(view, &mut shared));
+        own.extend(MappingState::refusals(view, &mut shared));
+        if !own.is_empty() && !has_ended(view) {
+            refusals.extend(own);
+        }
     }
     if let Some(root) = views.first() {
         note(&mut refusals, NamespaceState::capture(root, options.container, None));
     }
     refusals.extend(descriptors(&views, &mut shared, options));
     Ok(refusals)
+}
+
+/// Whether the process is gone, or on its way out: then it has no memory and no namespaces any more, though it may be no
+/// zombie yet.
+fn has_ended(view: &ProcessView) -> bool {
+    view.proc.maps().map_or(true, |mappings| mappings.is_empty())
 }
 
 /// Keeps a refusal; anything else is left to the checkpoint, which will meet it again.

@@ -4,6 +4,8 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::memory_mode::MemoryMode;
+
 /// One phase of an operation.
 #[derive(Clone, Debug, Serialize)]
 pub struct Phase {
@@ -32,6 +34,9 @@ pub struct Report {
     pub mappings: usize,
     /// Bytes of page data stored or loaded.
     pub page_bytes: u64,
+    /// How memory was captured, at a checkpoint.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryMode>,
 }
 
 impl Default for Report {
@@ -44,6 +49,7 @@ impl Default for Report {
             descriptions: 0,
             mappings: 0,
             page_bytes: 0,
+            memory: None,
         }
     }
 }
@@ -88,7 +94,8 @@ impl Report {
 
     /// Microseconds from the start of the operation until the last page was stored or loaded.
     pub fn last_page_us(&self) -> Option<u64> {
-        let pages = self.phases.iter().filter(|phase| ["memory", "shared memory"].contains(&phase.name));
+        let pages =
+            self.phases.iter().filter(|phase| ["memory", "shared memory", "twins"].contains(&phase.name));
         pages.map(|phase| phase.start_us + phase.duration_us).max()
     }
 

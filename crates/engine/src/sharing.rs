@@ -37,6 +37,13 @@ pub struct Run {
     pub shared: bool,
 }
 
+impl Run {
+    /// Bytes.
+    pub fn length(&self) -> u64 {
+        self.end - self.start
+    }
+}
+
 /// The pages of a process that its own space is to hold, by mapping.
 pub type OwnRuns = Vec<Vec<Run>>;
 

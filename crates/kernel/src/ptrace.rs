@@ -25,6 +25,8 @@ bitflags::bitflags! {
         const TRACE_FORK = 0x2;
         /// Stop new threads and attach them.
         const TRACE_CLONE = 0x8;
+        /// Stop a thread that ends before it gives anything back: its memory can still be read.
+        const TRACE_EXIT = 0x40;
         /// System-call stops report `SIGTRAP | 0x80`.
         const TRACE_SYSGOOD = 0x1;
         /// The tracee is killed when the tracer dies.
@@ -52,6 +54,10 @@ pub enum WaitStatus {
 
 /// `PTRACE_EVENT_STOP`: the event of interrupts and group stops of seized threads.
 pub const EVENT_STOP: i32 = 128;
+/// `PTRACE_EVENT_CLONE`: a child was made whose end is not told by SIGCHLD.
+pub const EVENT_CLONE: i32 = 3;
+/// `PTRACE_EVENT_EXIT`: on its way out, whole still.
+pub const EVENT_EXIT: i32 = 6;
 
 fn request(
     operation: &'static str,
@@ -80,6 +86,14 @@ pub fn set_options(tid: i32, options: Options) -> Result<()> {
 /// Asks an attached thread to stop; the stop is reported by [`wait`] as [`EVENT_STOP`].
 pub fn interrupt(tid: i32) -> Result<()> {
     request("ptrace(PTRACE_INTERRUPT)", libc::PTRACE_INTERRUPT, tid, 0, 0).map(drop)
+}
+
+/// What the event of a stopped thread is about: the new child's PID in the caller's PID namespace, or an exit status.
+pub fn event_message(tid: i32) -> Result<u64> {
+    let mut message: libc::c_ulong = 0;
+    let data = ptr::from_mut(&mut message) as usize;
+    request("ptrace(PTRACE_GETEVENTMSG)", libc::PTRACE_GETEVENTMSG, tid, 0, data)?;
+    Ok(message)
 }
 
 /// Lets a stopped thread run, delivering `signal` if it is not 0.

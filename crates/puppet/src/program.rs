@@ -106,6 +106,8 @@ pub struct Program {
     pointers: Vec<(usize, Data, usize)>,
     /// Stores asked for since the last call was added.
     stores: Vec<(CallId, Data, usize)>,
+    /// Programs of children, and the room for each in the data.
+    children: Vec<(Data, Program)>,
 }
 
 impl Program {
@@ -147,6 +149,15 @@ impl Program {
         let list =
             [arguments.into(), size.into(), 0.into(), 0.into(), child_mailbox.into(), child_program.into()];
         self.add(purpose, libc::SYS_clone3, &list, FLAG_CLONE)
+    }
+
+    /// Adds clone3(2) with `arguments` as `struct clone_args` of `size` bytes, without shared memory: the child has its own
+    /// copy of this program's memory, and goes on with `child`, which must not come to its end.
+    pub fn fork(&mut self, purpose: &'static str, arguments: Data, size: usize, child: Self) -> CallId {
+        let room = self.space(child.size());
+        self.children.push((room, child));
+        let list = [arguments.into(), size.into(), 0.into(), 0.into(), 0.into(), room.into()];
+        self.add(purpose, libc::SYS_clone3, &list, FLAG_CLONE | FLAG_MAY_FAIL)
     }
 
     fn add(&mut self, purpose: &'static str, number: i64, arguments: &[Arg], flags: u32) -> CallId {
@@ -266,6 +277,11 @@ impl Program {
         for (at, target, within) in &self.pointers {
             let word = address(target, *within);
             image[data_offset + at..data_offset + at + 8].copy_from_slice(&word.to_le_bytes());
+        }
+        for (room, child) in self.children {
+            let child = child.render(base + (data_offset + room.offset) as u64);
+            let at = data_offset + room.offset;
+            image[at..at + child.image.len()].copy_from_slice(&child.image);
         }
         RenderedProgram { image, places, data_offset, ops: self.ops }
     }

@@ -218,6 +218,7 @@ pub struct Visit<'m> {
     scratch: u64,
     scratch_size: usize,
     fresh: bool,
+    born: Vec<i32>,
 }
 
 impl<'m> Visit<'m> {
@@ -252,9 +253,9 @@ impl<'m> Visit<'m> {
         // From here on the thread heals itself: first the registers, then the mask that the stub sets back.
         ptrace::set_registers(tid, &first_registers(&original, slot.address, scratch_size))?;
         ptrace::set_signal_mask(tid, reporting.mask())?;
-        let (scratch, fresh) = (0, true);
+        let (scratch, fresh, born) = (0, true, Vec::new());
         let mut visit =
-            Self { pid, tid, memory, slot, reporting, original, mask, scratch, scratch_size, fresh };
+            Self { pid, tid, memory, slot, reporting, original, mask, scratch, scratch_size, fresh, born };
         visit.step(arch::visitor_layout().mapped)?;
         visit.scratch = ptrace::registers(tid)?.r12;
         if visit.scratch > u64::MAX - 4096 {
@@ -288,6 +289,12 @@ impl<'m> Visit<'m> {
         let mut after = vec![0; image.len()];
         memory::read(self.pid, self.scratch, &mut after)?;
         Ok(rendered.outcome(after))
+    }
+
+    /// The children that the programs have made so far (PIDs in the caller's PID namespace), if the thread was attached
+    /// with [`ptrace::Options::TRACE_CLONE`]: they are attached, too, and about to stop before their first instruction.
+    pub fn born(&self) -> &[i32] {
+        &self.born
     }
 
     /// Ends the visit: the scratch is unmapped and the thread is stopped with its own registers and mask.
@@ -346,7 +353,10 @@ impl<'m> Visit<'m> {
                         _ => return self.give_up(WaitStatus::Stopped { signal, event: 0 }),
                     }
                 }
-                // A group stop or somebody's interrupt, or the birth of a child that the program makes.
+                WaitStatus::Stopped { event: ptrace::EVENT_CLONE, .. } => {
+                    self.born.push(ptrace::event_message(self.tid)? as i32);
+                }
+                // A group stop or somebody's interrupt.
                 WaitStatus::Stopped { .. } => {}
                 WaitStatus::Exited(_) | WaitStatus::Killed(_) => {
                     return Err(VisitError::Ended { tid: self.tid });
@@ -479,15 +489,24 @@ fn restarted(registers: &Registers) -> (u64, u64) {
 /// If the stopped thread is still in a stub that an earlier, killed controller left (it is on its way out),
 /// lets it leave. Returns with the thread stopped by an interrupt.
 pub fn step_out_of_stub(tid: i32, vdso: &Vdso) -> Result<(), VisitError> {
-    for _ in 0..1000 {
+    let started = Instant::now();
+    let mut pause = Duration::from_micros(50);
+    while started.elapsed() < PATIENCE {
         if !vdso.stub_contains(ptrace::registers(tid)?.rip) {
             return Ok(());
         }
         ptrace::resume(tid, 0)?;
-        std::thread::sleep(Duration::from_micros(50));
-        ptrace::interrupt(tid)?;
+        std::thread::sleep(pause);
+        // On a busy machine it may not have run at all.
+        pause = (pause * 2).min(Duration::from_millis(20));
+        // An interrupt of a thread that is stopped already (job control had stopped it, and the interrupt by which it was
+        // seized came on top) would only stop it again as soon as it is resumed, for ever.
+        let mut stopped = ptrace::try_wait(tid)?;
+        if !matches!(stopped, Some(WaitStatus::Stopped { event: ptrace::EVENT_STOP, .. })) {
+            ptrace::interrupt(tid)?;
+        }
         loop {
-            match wait(tid)? {
+            match stopped.take().map_or_else(|| wait(tid), Ok)? {
                 WaitStatus::Stopped { event: ptrace::EVENT_STOP, .. } => break,
                 // The stub's own reports, and signals that the process has waited for since its mask was set back.
                 WaitStatus::Stopped { signal, event: 0 } => ptrace::resume(tid, signal)?,

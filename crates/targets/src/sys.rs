@@ -22,6 +22,20 @@ pub fn fork(body: impl FnOnce() -> i32) -> Result<Pid> {
     }
 }
 
+/// Forks a child that ends at once, and waits for it; other threads may exist.
+pub fn fork_for_a_moment() {
+    // SAFETY: the child makes one call, which is safe after a fork of a process with threads.
+    unsafe {
+        match libc::fork() {
+            0 => libc::_exit(0),
+            child if child > 0 => {
+                libc::waitpid(child, ptr::null_mut(), 0);
+            }
+            _ => {}
+        }
+    }
+}
+
 /// A mapping of this process. It stays mapped as long as the process lives: a target never gives anything back.
 #[derive(Clone, Copy, Debug)]
 pub struct Region {
@@ -98,6 +112,37 @@ impl Region {
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as for `bytes`; a region is written by one thread.
         unsafe { std::slice::from_raw_parts_mut(self.address as *mut u8, self.length) }
+    }
+
+    /// The words, to be written. Only for regions that can be written.
+    pub fn words_mut(&mut self) -> &mut [u64] {
+        // SAFETY: as for `bytes_mut`; regions begin on a page's boundary.
+        unsafe { std::slice::from_raw_parts_mut(self.address as *mut u64, self.length / 8) }
+    }
+
+    /// The same memory at another address (`mremap(2)`).
+    pub fn moved(self) -> io::Result<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: the kernel chooses an address at which nothing is mapped.
+        let place = unsafe { libc::mmap(ptr::null_mut(), self.length, libc::PROT_NONE, flags, -1, 0) };
+        if place == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let old = self.address as *mut libc::c_void;
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: the new place is nobody's; callers go on with the region that is returned.
+        let address = unsafe { libc::mremap(old, self.length, self.length, flags, place) };
+        if address == libc::MAP_FAILED {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(Self { address: address.addr(), ..self })
+        }
+    }
+
+    /// `munmap(2)`.
+    pub fn unmap(self) {
+        // SAFETY: it takes the region, of which callers keep no copy.
+        unsafe { libc::munmap(self.address as *mut _, self.length) };
     }
 
     /// `madvise(2)`.

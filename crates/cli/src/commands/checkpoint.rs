@@ -11,8 +11,10 @@ use clap::{Args, ValueEnum};
 use limosa_container::{CapturedContainer, Name, Source};
 use limosa_engine::checkpoint::{Captured, TcpConnections, Unaccepted};
 use limosa_engine::resources::processor;
-use limosa_engine::{Refusals, Report, Times, checkpoint, preflight};
+use limosa_engine::twin::Remainder;
+use limosa_engine::{MemoryMode, Mode, Refusals, Report, Times, checkpoint, preflight};
 use limosa_image::{CheckpointWriter, Committed, Meta};
+use limosa_kernel::signals::Signals;
 use serde::Serialize;
 
 use crate::commands::posted::Posted;
@@ -49,6 +51,7 @@ impl FromStr for Target {
 #[command(after_help = "Examples:\n  \
     limosa checkpoint pid:1234 --out /var/tmp/ck\n  \
     limosa checkpoint web --out /var/tmp/web.1 --leave-running\n  \
+    limosa checkpoint web --out /var/tmp/web.2 --leave-running --mode stop\n  \
     limosa checkpoint pid:1234 --out /var/tmp/ck --external tty=/dev/pts/5\n  \
     limosa checkpoint pid:1234 --out /var/tmp/ck --external log=/var/log/job.log --trace /tmp/trace.json")]
 pub struct Checkpoint {
@@ -62,6 +65,11 @@ pub struct Checkpoint {
     /// Let the source go on instead of ending it.
     #[arg(long)]
     leave_running: bool,
+
+    /// How memory is stored: while the source is frozen (stop), or while it runs on, from a copy that it makes of itself by
+    /// fork (twin; only with --leave-running). What is best if it is not given; the report says what was done, and why.
+    #[arg(long, value_enum, value_name = "MODE")]
+    mode: Option<HowStored>,
 
     /// What becomes of TCP connections: they go on after the restore, or are closed.
     #[arg(long, value_enum, value_name = "HOW", default_value = "established")]
@@ -95,6 +103,24 @@ impl From<Tcp> for TcpConnections {
         match tcp {
             Tcp::Established => Self::Established,
             Tcp::Close => Self::Close,
+        }
+    }
+}
+
+/// The values of `--mode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum HowStored {
+    /// The source is frozen until everything is stored.
+    Stop,
+    /// The source is frozen while it forks.
+    Twin,
+}
+
+impl From<HowStored> for Mode {
+    fn from(how: HowStored) -> Self {
+        match how {
+            HowStored::Stop => Self::Stop,
+            HowStored::Twin => Self::Twin,
         }
     }
 }
@@ -133,10 +159,15 @@ impl Checkpoint {
     /// Makes the checkpoint.
     pub fn execute(self, context: &Context) -> Outcome {
         super::require_root("checkpoint", 1)?;
+        if self.mode == Some(HowStored::Twin) && !self.leave_running {
+            let why =
+                "--mode twin lets the source run on while its memory is stored: use it with --leave-running";
+            return Err(anyhow::anyhow!(why).into());
+        }
         self.trace.prepare()?;
         let mut report = Report::default();
         let (committed, ran_on_us) = match &self.target {
-            Target::Pid(pid) => self.process_tree(*pid, &mut report)?,
+            Target::Pid(pid) => self.process_tree(context, *pid, &mut report)?,
             Target::Name(name) => self.container(context, name, &mut report)?,
         };
         self.trace.write(&report);
@@ -176,30 +207,43 @@ impl Checkpoint {
         self.external.iter().map(look).collect()
     }
 
+    fn memory(&self, root: i32) -> MemoryMode {
+        MemoryMode::choose(self.mode.map(Into::into), root, self.leave_running)
+    }
+
     fn writer(&self) -> anyhow::Result<CheckpointWriter> {
         CheckpointWriter::create(&self.out)
             .with_context(|| format!("cannot make the checkpoint {}", self.out.display()))
     }
 
-    fn process_tree(&self, root: i32, report: &mut Report) -> Result<(Committed, u64), Failure> {
+    fn process_tree(
+        &self,
+        context: &Context,
+        root: i32,
+        report: &mut Report,
+    ) -> Result<(Committed, u64), Failure> {
         if !Path::new(&format!("/proc/{root}")).exists() {
             return Err(anyhow::anyhow!("there is no process {root}").into());
         }
         let externals = self.externals()?;
+        let memory = self.memory(root);
+        let guarded = memory.mode == Mode::Twin;
         let options = checkpoint::Options {
             container: false,
             externals,
             tcp: self.tcp.into(),
             unaccepted: self.unaccepted.into(),
             leaves_running: self.leave_running,
+            memory,
         };
         Refusals::check(report.phase("pre-flight", |_| preflight::look(root, &options))?)?;
+        let _guard = guarded.then(|| Posted::over_tree(context, root)).transpose()?;
         let signals = watched::hold_back();
         let mut writer = self.writer()?;
         let mut watched = Watched::new(&mut writer, signals);
         let captured = checkpoint::capture(root, &mut watched, &options, report);
         let captured = watched.conclude(captured)?;
-        self.conclude(writer, captured, report, Captured::release, Captured::end)
+        self.conclude((writer, signals), captured, report, Captured::release, Captured::end)
     }
 
     fn container(
@@ -214,31 +258,38 @@ impl Checkpoint {
             .running_on(self.leave_running)
             .with_externals(self.externals()?);
         report.phase("pre-flight", |_| source.refuse_early(&registry))?;
+        let memory = self.memory(source.pid());
+        let source = source.stored(memory);
         let _guard = Posted::new(context, Some(name))?;
         let signals = watched::hold_back();
         let mut writer = self.writer()?;
         let mut watched = Watched::new(&mut writer, signals);
         let captured = source.capture(&registry, &mut watched, report);
         let captured = watched.conclude(captured)?;
-        self.conclude(writer, captured, report, CapturedContainer::release, |captured| {
+        self.conclude((writer, signals), captured, report, CapturedContainer::release, |captured| {
             captured.end(&registry)
         })
     }
 
-    /// Makes the checkpoint durable, and lets the source run on (then it need not wait for the disk) or ends it.
+    /// Makes the checkpoint durable, and lets the source run on (then it need not wait for the rest of its memory, nor for
+    /// the disk) or ends it.
     /// Returns what was committed, and microseconds from the start until the source ran on or had ended.
     fn conclude<C, E: std::error::Error + Send + Sync + 'static>(
         &self,
-        writer: CheckpointWriter,
+        (mut writer, signals): (CheckpointWriter, Option<&'static Signals>),
         captured: C,
         report: &mut Report,
-        release: impl FnOnce(C) -> Result<(), E>,
+        release: impl FnOnce(C) -> Result<Remainder, E>,
         end: impl FnOnce(C) -> Result<(), E>,
     ) -> Result<(Committed, u64), Failure> {
         let meta = Meta::new(kernel_release(), processor::features()?);
         if self.leave_running {
-            release(captured)?;
+            let mut remainder = release(captured)?;
             let ran_on_us = report.elapsed_us();
+            let mut watched = Watched::new(&mut writer, signals);
+            let copied = remainder.copy_out(&mut watched, report);
+            watched.conclude(copied)?;
+            drop(remainder);
             return Ok((report.phase("commit", |_| writer.commit(meta))?, ran_on_us));
         }
         let committed = report.phase("commit", |_| writer.commit(meta))?;

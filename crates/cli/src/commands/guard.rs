@@ -1,10 +1,11 @@
-//! The guard of a container that is being moved: a process of its own that does what a killed Limosa cannot.
+//! The guard of a container that is being moved, or of a tree that is being stored: a process of its own that does what a killed Limosa cannot.
 //!
 //! ```text
 //!   limosa migrate ── starts ──► limosa guard ── reads its standard input …
 //!        │ ends: a word ─────────────────────────────► ends, too
 //!        └ is killed: no word, end of file ──────────► removes what was not finished; asks for the outcome of a migration
-//!                                                      and acts on it; connects a container that runs
+//!                                                      and acts on it; connects a container that runs; has processes
+//!                                                      reap the twins of a checkpoint
 //!
 //!   limosa receive --listen: the same; and before that it leaves its socket and key to the guard ([`Word`]), which answers
 //!                            a source that may come to ask
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use limosa_container::{Name, migration};
+use limosa_engine::twin;
 use limosa_migrate::{Heir, Limits, MigrationId, Note, Outcome as MigrationOutcome};
 
 use super::migrate::store;
@@ -31,6 +33,10 @@ pub struct Guard {
     /// The container that is being moved or restored.
     #[arg(long)]
     container: Option<Name>,
+
+    /// The root of the process tree of which a checkpoint is being made.
+    #[arg(long)]
+    tree: Option<i32>,
 }
 
 impl Guard {
@@ -51,10 +57,12 @@ impl Guard {
             }
         }
         // A failure to remove remains is no reason to leave the source without an answer.
-        let swept = context.registry().sweep();
+        let reaped = self.root(context).map_or(Ok(()), twin::sweep);
+        let swept = if self.tree.is_none() { context.registry().sweep() } else { Ok(()) };
         if let (Some(heir), Some(id)) = (heir, asked) {
             answer(context, &heir, id)?;
         }
+        reaped?;
         swept?;
         if let Some(container) = &self.container {
             settle(context, container)?;
@@ -71,6 +79,14 @@ fn answer(context: &Context, heir: &Heir, id: MigrationId) -> anyhow::Result<()>
         heir.answer(&store, |offer| migration::remains(&registry, offer).map_err(Into::into));
     }
     Ok(())
+}
+
+impl Guard {
+    /// The root of the tree that is guarded, if it runs.
+    fn root(&self, context: &Context) -> Option<i32> {
+        let of = |name: &Name| context.registry().load(name).ok().and_then(|record| record.running());
+        self.tree.or_else(|| self.container.as_ref().and_then(of))
+    }
 }
 
 /// Settles what is open about the container.

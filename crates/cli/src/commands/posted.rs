@@ -7,6 +7,7 @@
 //! | `A` | the migration's id, 32 digits | | its source may come to ask |
 //! | `K` | | | the source knows the outcome |
 
+use std::ffi::OsString;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -77,21 +78,28 @@ pub struct Posted {
 }
 
 impl Posted {
+    /// Starts a guard over the process tree rooted at `root`, of which a checkpoint is being made.
+    pub fn over_tree(context: &Context, root: i32) -> anyhow::Result<Self> {
+        Self::start(context, &["--tree".into(), root.to_string().into()])
+    }
+
     /// Starts a guard; `container` is what is about to be moved, if that is known.
     pub fn new(context: &Context, container: Option<&Name>) -> anyhow::Result<Self> {
+        let named = container.map(|name| ["--container".into(), name.as_str().into()]);
+        Self::start(context, named.as_ref().map_or(&[], |arguments| arguments))
+    }
+
+    fn start(context: &Context, arguments: &[OsString]) -> anyhow::Result<Self> {
         let (socket, input) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .context("making a socket for a guard")?;
         let mut command = Command::new("/proc/self/exe");
-        command.arg("--state-dir").arg(&context.state_dir).arg("guard");
-        if let Some(container) = container {
-            command.arg("--container").arg(container.as_str());
-        }
+        command.arg("--state-dir").arg(&context.state_dir).arg("guard").args(arguments);
         // Whoever reads what this program writes is not to wait for the guard.
         command.stdin(Stdio::from(input)).stdout(Stdio::null()).stderr(Stdio::null());
         #[cfg(feature = "fault")]
         command.env_remove("LIMOSA_KILL_AT").env_remove("LIMOSA_PASSED_FILE");
-        let guard = command.spawn().context("starting a guard of the container")?;
+        let guard = command.spawn().context("starting a guard")?;
         Ok(Self { guard, socket })
     }
 

@@ -74,6 +74,8 @@ pub struct Stat {
     pub num_threads: u32,
     /// Start since boot (of the reader's time namespace), in clock ticks (`sysconf(_SC_CLK_TCK)`).
     pub start_time: u64,
+    /// Resident pages, about.
+    pub resident: i64,
     /// Lowest address of program text.
     pub start_code: u64,
     /// End of program text.
@@ -132,6 +134,7 @@ impl Stat {
             nice: fields.number(19, "nice")?,
             num_threads: fields.number(20, "num_threads")?,
             start_time: fields.number(22, "starttime")?,
+            resident: fields.number(24, "rss")?,
             start_code: fields.number(26, "startcode")?,
             end_code: fields.number(27, "endcode")?,
             start_stack: fields.number(28, "startstack")?,

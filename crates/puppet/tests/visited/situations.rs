@@ -2,7 +2,8 @@
 //! found afterwards what it would have found without a visit.
 
 use std::arch::global_asm;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{Shared, gettid};
@@ -152,11 +153,21 @@ pub fn epoll(shared: &'static Shared) -> bool {
 }
 
 fn write_later(shared: &'static Shared, end: i32) {
+    let runs = Arc::new(AtomicU32::new(0));
+    let told = Arc::clone(&runs);
     std::thread::spawn(move || {
+        // What the C library gives a thread for its memory is there when this is.
+        drop(std::hint::black_box(Box::new(0)));
+        told.store(1, Ordering::SeqCst);
+        drop(told);
         wait_for_go(shared);
         // SAFETY: one live byte.
         unsafe { libc::write(end, b"!".as_ptr().cast(), 1) };
     });
+    // Or the mappings that it brings would seem to be left by a visit.
+    while runs.load(Ordering::SeqCst) == 0 {
+        std::thread::sleep(Duration::from_micros(100));
+    }
 }
 
 /// Sleeps until the test says go.
@@ -166,7 +177,7 @@ pub fn wait_for_go(shared: &Shared) {
     }
 }
 
-static HANDLED: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+static HANDLED: AtomicU32 = AtomicU32::new(0);
 
 extern "C" fn count(_signal: i32) {
     HANDLED.fetch_add(1, Ordering::SeqCst);

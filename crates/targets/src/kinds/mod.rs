@@ -34,6 +34,7 @@ mod timers;
 mod tree;
 mod vdso;
 mod watchers;
+mod writers;
 
 use anyhow::Result;
 
@@ -88,6 +89,7 @@ const KINDS: &[(&str, SetUp)] = &[
     ("tree", tree::set_up),
     ("vdso", vdso::set_up),
     ("watchers", watchers::set_up),
+    ("writers", writers::set_up),
 ];
 
 /// The kind called `name`.
