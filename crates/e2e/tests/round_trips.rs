@@ -118,6 +118,43 @@ fn a_child_in_a_namespace_of_its_own_is_refused() {
     });
 }
 
+/// `flock FILE PROGRAM` holds the lock, too, and would keep it: the restore once failed for that.
+#[test]
+fn a_lock_that_others_hold_too_is_refused() {
+    sandboxed(|sandbox| {
+        let file = sandbox.path("lock");
+        let mut outsider = Command::new("flock")
+            .arg(&file)
+            .args(["setsid", "sleep", "1000"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let children = format!("/proc/{0}/task/{0}/children", outsider.id());
+        let root = wait_for("a program under flock", Duration::from_secs(5), || {
+            let children = std::fs::read_to_string(&children)?;
+            let child: Option<i32> = children.split_whitespace().next().and_then(|pid| pid.parse().ok());
+            let command = |pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            Ok(child.filter(|pid| command(*pid) == "sleep\n").and_then(Pid::from_raw))
+        })?;
+        let out = sandbox.path("out");
+        let said = limosa::checkpoint(sandbox, root, &out, Source::Ends, &[])?;
+        let named = format!("process {} (flock) outside of the tree", outsider.id());
+        ensure!(said.status == Some(1) && said.err.contains(&named), "{said:?}");
+        ensure!(said.err.contains(&format!("process {}, descriptor 3", root.as_raw_pid())), "{said:?}");
+        rustix::process::test_kill_process(root)?;
+        // Without the outsider it is carried.
+        outsider.kill()?;
+        outsider.wait()?;
+        limosa::checkpoint(sandbox, root, &out, Source::Ends, &[])?.success("checkpoint")?;
+        wait_until_alone()?;
+        ensure!(limosa::restore(sandbox, &out, &[])? == root);
+        let free = Command::new("flock").arg("--nonblock").arg(&file).arg("true").status()?;
+        ensure!(!free.success(), "the restored program has no lock");
+        sandbox.end_all()
+    });
+}
+
 /// A pair of interfaces with addresses, and nobody behind them.
 fn make_interface(name: &str) -> Result<()> {
     let ip = |line: &str| -> Result<()> {

@@ -392,6 +392,7 @@ fn capture_descriptors(
         ask_close_on_exec(view, body, &unclear)?;
     }
     let own_pids: HashMap<i32, i32> = views.iter().map(|view| (view.pid, view.own_pid)).collect();
+    file_locks::refuse_outsiders(&found, &own_pids.keys().copied().collect())?;
     let mut network = Network::look(views[0].pid, &found, options)?;
     network.came_later = came_later;
     network.peers = peers::ask(&found, &own_pids)?;

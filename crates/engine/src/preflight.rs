@@ -22,7 +22,7 @@ use crate::network::Network;
 use crate::resources::mapping::MappingState;
 use crate::resources::namespaces::Home;
 use crate::resources::shared_memory::SharedObjects;
-use crate::resources::{CaptureContext, DescriptorState, NamespaceState, filesystem};
+use crate::resources::{CaptureContext, DescriptorState, NamespaceState, file_locks, filesystem};
 use crate::view::{DescriptionView, ProcessView};
 
 /// Rooms whose capture leaves no trace and needs nothing to stand still.
@@ -157,7 +157,8 @@ fn descriptors(views: &[ProcessView], shared: &mut SharedObjects, options: &Opti
             Err(error) => tracing::debug!(pid = view.pid, %error, "descriptors not looked at"),
         }
     }
-    let own_pids = views.iter().map(|view| (view.pid, view.own_pid)).collect();
+    let own_pids: HashMap<i32, i32> = views.iter().map(|view| (view.pid, view.own_pid)).collect();
+    note(&mut refusals, file_locks::refuse_outsiders(&found, &own_pids.keys().copied().collect()));
     let (mut sink, mut spaces, mut network) = (Nowhere, SpaceAllocator::default(), Network::default());
     let mut context = CaptureContext::new(
         &mut sink,

@@ -2,13 +2,19 @@
 //!
 //! A POSIX lock belongs to a process, the others to a description; the first process that holds a description takes
 //! its locks again. Taken last, because closing any descriptor of a file drops a process's POSIX locks on it.
+//!
+//! A lock of a description that a process outside of the tree holds, too, is refused: it would stay with that process, and
+//! the restored tree could not take it again.
 
-use limosa_kernel::proc::{FdInfo, LockAccess, LockKind};
+use std::collections::HashSet;
+
+use limosa_kernel::proc::{FdInfo, FileId, LockAccess, LockKind, ProcDir};
+use limosa_kernel::task::{self, Comparison};
 use limosa_puppet::Program;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{CaptureError, Refusal, Subject};
-use crate::view::ProcessView;
+use crate::view::{DescriptionView, ProcessView};
 
 const F_OFD_SETLK: i32 = 37;
 
@@ -73,6 +79,48 @@ pub fn capture(
         }
     }
     Ok(locks)
+}
+
+/// Refuses the locks of descriptions among `found` that a process other than those of `tree`, by PID, holds, too.
+///
+/// Only where there are such locks are the descriptors of all other processes looked at. Who ends meanwhile, or may not
+/// be looked at (a thread of the kernel's), holds nothing.
+pub(crate) fn refuse_outsiders(found: &[DescriptionView], tree: &HashSet<i32>) -> Result<(), CaptureError> {
+    let locked: Vec<&DescriptionView> = found.iter().filter(|view| has_lock_of_its_own(view)).collect();
+    if locked.is_empty() {
+        return Ok(());
+    }
+    let own = std::process::id() as i32;
+    let listed = std::fs::read_dir("/proc");
+    let listed = listed.map_err(|source| CaptureError::Io { what: "listing /proc", pid: own, source })?;
+    let pids = listed.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());
+    for pid in pids.filter(|pid| *pid != own && !tree.contains(pid)) {
+        let Ok(outsider) = ProcDir::open(pid) else { continue };
+        for number in outsider.fds().unwrap_or_default() {
+            let Ok(file) = outsider.file_id(&format!("fd/{number}")) else { continue };
+            let same = |view: &&&DescriptionView| {
+                file == (FileId { dev: view.stat.st_dev, ino: view.stat.st_ino })
+                    && task::kcmp(view.process.pid, pid, Comparison::File, view.number as u64, number as u64)
+                        .is_ok_and(std::cmp::Ordering::is_eq)
+            };
+            if let Some(view) = locked.iter().find(same) {
+                let name = outsider.comm().unwrap_or_default();
+                let reason = format!(
+                    "process {pid} ({}) outside of the tree has it open, too (descriptor {number}), and with it its lock",
+                    String::from_utf8_lossy(&name).trim_end()
+                );
+                let remedy =
+                    "end that process, or checkpoint the tree that it belongs to (flock(1) has --close)";
+                return Err(view.refuse(reason, remedy).into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether there is a lock that belongs to the description, not to a process.
+fn has_lock_of_its_own(view: &DescriptionView) -> bool {
+    view.info.locks.iter().any(|lock| matches!(lock.kind, LockKind::Flock | LockKind::OpenFileDescription))
 }
 
 impl FileLock {
