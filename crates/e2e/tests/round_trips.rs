@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use limosa_e2e::limosa::{self, Source};
 use limosa_e2e::programs::Python;
 use limosa_e2e::round_trip::{refused, round_trip, round_trip_of};
@@ -152,6 +152,33 @@ fn a_lock_that_others_hold_too_is_refused() {
         let free = Command::new("flock").arg("--nonblock").arg(&file).arg("true").status()?;
         ensure!(!free.success(), "the restored program has no lock");
         sandbox.end_all()
+    });
+}
+
+/// A process in a control group of its own came back in that of the root, without a word.
+#[test]
+fn a_child_in_another_control_group_is_refused() {
+    sandboxed(|sandbox| {
+        let target = Target::start(sandbox, "memory-forked", &["1"])?;
+        let root = target.root().as_raw_pid();
+        let children = std::fs::read_to_string(format!("/proc/{root}/task/{root}/children"))?;
+        let child = children.split_whitespace().last().unwrap_or_default();
+        // The hierarchy of version 1 that everybody has, or that of version 2.
+        let places = ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"].map(Path::new);
+        let place = places.into_iter().find(|place| place.join("cgroup.procs").exists());
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
+        let group = place.context("no control groups")?.join(format!("stray-{}", now.as_nanos()));
+        std::fs::create_dir(&group)?;
+        std::fs::write(group.join("cgroup.procs"), child)?;
+        let said = limosa::checkpoint(sandbox, target.root(), &sandbox.path("out"), Source::Ends, &[]);
+        let verified = target.verify();
+        sandbox.end_all()?;
+        std::fs::remove_dir(&group)?;
+        let said = said?;
+        verified?;
+        ensure!(said.status == Some(1) && said.err.contains("it is in another control group"), "{said:?}");
+        ensure!(said.err.contains(&format!("process {child}:")) && said.err.contains("/stray-"), "{said:?}");
+        Ok(())
     });
 }
 

@@ -15,7 +15,7 @@ use std::os::fd::AsFd;
 use limosa_image::{Checkpoint, Sink};
 use limosa_kernel::namespace::{self, Kind};
 use limosa_kernel::net::InNetns;
-use limosa_kernel::proc::{FileId, NsKind, ProcDir};
+use limosa_kernel::proc::{CgroupLine, FileId, NsKind, ProcDir};
 use limosa_puppet::Program;
 use serde::{Deserialize, Serialize};
 
@@ -35,7 +35,11 @@ pub trait Namespace: Sized {
 /// The namespaces that all of a tree must be in: those of its root. A process or thread elsewhere, as browsers and
 /// services make for their sandboxes, would quietly come back without its walls.
 #[derive(Debug)]
-pub(crate) struct Home(Vec<(NsKind, Option<FileId>)>);
+pub(crate) struct Home {
+    namespaces: Vec<(NsKind, Option<FileId>)>,
+    /// The control groups of the root, one in each hierarchy, where they can be read.
+    cgroups: Option<Vec<CgroupLine>>,
+}
 
 impl Home {
     /// Kinds that a thread can leave by itself.
@@ -49,19 +53,33 @@ impl Home {
             NsKind::TimeForChildren => NsKind::Time,
             kind => kind,
         };
-        Self(NsKind::ALL.into_iter().map(|kind| (kind, root.ns_id(of(kind)).ok())).collect())
+        let namespaces = NsKind::ALL.into_iter().map(|kind| (kind, root.ns_id(of(kind)).ok())).collect();
+        Self { namespaces, cgroups: root.cgroup().ok() }
     }
 
-    /// Refuses a process of the tree that is in other namespaces than the root.
+    /// All processes of a restored tree are born in the control groups of its root.
+    fn refuse_stray_cgroups(&self, process: &ProcessView) -> Result<(), CaptureError> {
+        let Some(home) = &self.cgroups else { return Ok(()) };
+        let away = process.proc.cgroup()?.into_iter().find(|line| !home.contains(line));
+        let Some(line) = away else { return Ok(()) };
+        let reason = format!(
+            "it is in another control group ({}) than the root of the tree",
+            String::from_utf8_lossy(&line.path)
+        );
+        let remedy = "move it into that of the root (cgroup.procs) and try again";
+        Err(Refusal::process(process.pid, reason, remedy).into())
+    }
+
+    /// Refuses a process of the tree that is in other namespaces or control groups than the root.
     pub(crate) fn refuse_strays(&self, process: &ProcessView) -> Result<(), CaptureError> {
-        let away = self.0.iter().find(|(kind, home)| match process.proc.ns_id(*kind) {
+        let away = self.namespaces.iter().find(|(kind, home)| match process.proc.ns_id(*kind) {
             Ok(id) => Some(id) != *home,
             // After unshare(2) that of its children is not there before the first child is.
             Err(error) => {
                 *kind == NsKind::PidForChildren && error.errno() == Some(libc::ENOENT) && home.is_some()
             }
         });
-        let Some((kind, _)) = away else { return Ok(()) };
+        let Some((kind, _)) = away else { return self.refuse_stray_cgroups(process) };
         let reason = format!("it has a namespace of its own within the tree ({})", kind.name());
         Err(Refusal::process(process.pid, reason, REMEDY).into())
     }
@@ -70,7 +88,7 @@ impl Home {
     pub(crate) fn refuse_stray_threads(&self, process: &ProcessView) -> Result<(), CaptureError> {
         for tid in process.proc.tasks()?.into_iter().filter(|tid| *tid != process.pid) {
             let Ok(thread) = process.proc.task(tid) else { continue };
-            let away = self.0.iter().find(|(kind, home)| {
+            let away = self.namespaces.iter().find(|(kind, home)| {
                 Self::OF_THREADS.contains(kind) && thread.ns_id(*kind).is_ok_and(|id| Some(id) != *home)
             });
             if let Some((kind, _)) = away {
