@@ -68,7 +68,15 @@ pub fn migrate<C: Connect>(
     })?;
     let frozen_at = report.elapsed_us();
     let mut captured = source.capture(registry, &mut outgoing, report).map_err(MigrateError::BrokenOff)?;
-    let ready = report.phase("destination builds", |_| outgoing.finish())?.of_instance(captured.instance());
+    let ready = match report.phase("destination builds", |_| outgoing.finish()) {
+        Ok(ready) => ready.of_instance(captured.instance()),
+        Err(error) => {
+            drop(captured);
+            let FinishError::Peer(peer) = &error;
+            excuse(id, peer, connect, &limits);
+            return Err(error.into());
+        }
+    };
     let outcome = report.phase("hand over", |_| {
         ready.hand_over(store, connect, || {
             captured.disconnect()?;
@@ -92,8 +100,18 @@ pub fn migrate<C: Connect>(
         Err(error) => {
             captured.release()?;
             close(store, id);
+            if let HandOverError::Peer(peer) = &error {
+                excuse(id, peer, connect, &limits);
+            }
             Err(error.into())
         }
+    }
+}
+
+/// Where a killed receiver may have left somebody to be asked: says that nobody will. The container runs on here already.
+fn excuse<C: Connect>(id: MigrationId, error: &PeerError, connect: &mut C, limits: &Limits) {
+    if error.is_hang_up() && connect.has_heirs() {
+        limosa_migrate::excuse(id, connect, limits);
     }
 }
 

@@ -209,6 +209,10 @@ impl Connect for Address {
         }
     }
 
+    fn has_heirs(&self) -> bool {
+        matches!(self, Self::Listening { .. })
+    }
+
     fn address(&self) -> String {
         self.to_string()
     }

@@ -55,7 +55,7 @@ pub use limits::Limits;
 pub use link::LinkError;
 pub use listen::{Heir, HeirError, Legacy, ListenError, ListenOptions, Listener};
 pub use message::{Layer, Offer, Refusal, StartReport};
-pub use outcome::{Connect, Outcome, Purpose, SettleError, settle};
+pub use outcome::{Connect, Outcome, Purpose, SettleError, excuse, settle};
 pub use outgoing::{FinishError, HandOverError, NegotiateError, Outgoing};
 pub use progress::{Counters, Phase, Progress, Watch, unwatched};
 pub use record::{Remains, Store};

@@ -40,6 +40,11 @@ pub trait Connect {
     /// A new connection.
     fn connect(&mut self, purpose: Purpose, limits: &Limits) -> Result<Transport, Self::Error>;
 
+    /// Whether somebody may answer there in a killed receiver's place.
+    fn has_heirs(&self) -> bool {
+        false
+    }
+
     /// How it is written, so that another process can ask after this one died.
     fn address(&self) -> String;
 }
@@ -108,6 +113,23 @@ pub(crate) fn ask_until_known<C: Connect>(
         }
         std::thread::sleep(wait);
         pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Tells a destination that hung up before ownership was handed over that nobody will ask for the outcome of `id`: who waits
+/// in a killed receiver's place may go. Tried once; a destination that is not there need not be told.
+pub fn excuse<C: Connect>(id: MigrationId, connect: &mut C, limits: &Limits) {
+    let mut tell = || -> Result<(), PeerError> {
+        let Ok(transport) = connect.connect(Purpose::Ask, limits) else { return Ok(()) };
+        let link = session::greet(transport, limits)?;
+        session::send(&link, Kind::Ask, &Ask { id })?;
+        link.next("answer", limits.answer)?;
+        session::send(&link, Kind::Done, &())?;
+        link.farewell();
+        Ok(())
+    };
+    if let Err(error) = tell() {
+        tracing::debug!(%id, %error, "the destination was not told that nobody will ask");
     }
 }
 

@@ -57,6 +57,16 @@ pub enum PeerError {
     },
 }
 
+impl PeerError {
+    /// Whether the other side has gone without a word, as one that is killed does.
+    pub fn is_hang_up(&self) -> bool {
+        matches!(
+            self,
+            Self::Link(LinkError::Send(_) | LinkError::Frame(FrameError::Closed | FrameError::Truncated))
+        )
+    }
+}
+
 impl From<FrameError> for PeerError {
     fn from(error: FrameError) -> Self {
         Self::Link(error.into())
