@@ -3,11 +3,13 @@
 //! | module | what it measures |
 //! | --- | --- |
 //! | [`small`] | a process with a few MiB: checkpoint and restore as whole processes |
+//! | [`large`] | a process with a GiB that runs on: how long it is frozen |
 //!
 //! What is compared is measured in turn, round by round, and the medians are compared: machines drift. It runs in a
 //! PID namespace of its own (`scripts/bench`), so that restored PIDs are free and nothing outlives it.
 
 mod figures;
+mod large;
 mod program;
 mod small;
 
@@ -18,6 +20,9 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 
 use figures::Row;
+
+/// What takes seconds is done less often.
+const LARGE_ROUNDS: u32 = 7;
 
 /// Measures Limosa beside floors that are measured in the same run.
 #[derive(Debug, Parser)]
@@ -30,6 +35,10 @@ struct Arguments {
     /// MiB of memory of the small process.
     #[arg(long, value_name = "MIB", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
     megabytes: u32,
+
+    /// MiB of memory of the large process.
+    #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    large: u32,
 
     /// Where checkpoints are written; a memory filesystem, unless the disk is to be measured, too.
     #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
@@ -60,7 +69,8 @@ fn run(arguments: &Arguments) -> Result<bool> {
         .prefix("limosa-bench.")
         .tempdir_in(&arguments.directory)
         .with_context(|| format!("making a directory in {}", arguments.directory.display()))?;
-    let rows = small::measure(directory.path(), arguments.rounds, arguments.megabytes)?;
+    let mut rows = small::measure(directory.path(), arguments.rounds, arguments.megabytes)?;
+    rows.extend(large::measure(directory.path(), arguments.rounds.min(LARGE_ROUNDS), arguments.large)?);
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
     } else {

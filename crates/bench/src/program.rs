@@ -23,6 +23,14 @@ pub fn limosa<S: AsRef<OsStr>>(arguments: &[S]) -> Result<Duration> {
     time(Command::new(built("limosa")?).args(arguments))
 }
 
+/// Runs `limosa … --json` and gives what it reports.
+pub fn report<S: AsRef<OsStr>>(arguments: &[S]) -> Result<serde_json::Value> {
+    let mut command = Command::new(built("limosa")?);
+    let output = command.args(arguments).arg("--json").stdin(Stdio::null()).output()?;
+    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
 /// The floor of any program: fork and exec of one that does nothing.
 pub fn nothing() -> Result<Duration> {
     time(&mut Command::new("/bin/true"))
@@ -68,8 +76,8 @@ impl Target {
         self.pid
     }
 
-    /// Has it check its whole state.
-    pub fn verify(&self) -> Result<()> {
+    /// Has it check its whole state. Gives what it says.
+    pub fn verify(&self) -> Result<String> {
         let with = |extension: &str| {
             let mut path = self.result.clone().into_os_string();
             path.push(extension);
@@ -81,7 +89,7 @@ impl Target {
         wait_until("a target's answer", || Ok(self.result.exists()))?;
         let answer = fs::read_to_string(&self.result)?;
         ensure!(answer.starts_with("ok"), "the target is damaged: {answer}");
-        Ok(())
+        Ok(answer)
     }
 
     /// Takes note that a checkpoint has ended it.

@@ -38,7 +38,7 @@ pub fn measure(directory: &Path, rounds: u32, mebibytes: u32) -> Result<Vec<Row>
         took: samples.spread(),
         floor_of: "fork and exec of true",
         floor: floor.spread(),
-        bound: BOUND,
+        bound: Some(BOUND),
     };
     Ok(vec![row("checkpoint", &checkpoint), row("restore", &restore)])
 }

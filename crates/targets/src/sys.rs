@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rustix::process::Pid;
@@ -22,16 +23,20 @@ pub fn fork(body: impl FnOnce() -> i32) -> Result<Pid> {
     }
 }
 
-/// Forks a child that ends at once, and waits for it; other threads may exist.
-pub fn fork_for_a_moment() {
+/// Forks a child that ends at once, and waits for it; other threads may exist. Gives how long the fork took.
+pub fn fork_for_a_moment() -> Duration {
+    let begun = Instant::now();
     // SAFETY: the child makes one call, which is safe after a fork of a process with threads.
     unsafe {
         match libc::fork() {
             0 => libc::_exit(0),
-            child if child > 0 => {
-                libc::waitpid(child, ptr::null_mut(), 0);
+            child => {
+                let took = begun.elapsed();
+                if child > 0 {
+                    libc::waitpid(child, ptr::null_mut(), 0);
+                }
+                took
             }
-            _ => {}
         }
     }
 }

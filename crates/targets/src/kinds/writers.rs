@@ -155,7 +155,7 @@ fn churn(region: &mut Region, generation: u64) -> usize {
         }
         2 => usize::from(region.part(0, half).advise(libc::MADV_DONTNEED).is_ok()) * half,
         _ => {
-            sys::fork_for_a_moment();
+            let _ = sys::fork_for_a_moment();
             0
         }
     }
