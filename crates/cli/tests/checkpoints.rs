@@ -186,6 +186,48 @@ fn what_cannot_be_carried_is_said_all_at_once_and_before_anything_is_frozen() {
 }
 
 #[test]
+fn connections_and_processes_outside_are_found_before_anything_is_frozen() {
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+    let Some(scene) = Scene::new() else { return };
+    // A listening socket whose program does not accept, a connection to this process, and a pidfd of it.
+    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a socket");
+    let _client = TcpStream::connect(listener.local_addr().expect("an address")).expect("a connection");
+    let (near, _far) = UnixStream::pair().expect("sockets");
+    let this = rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty());
+    let mut holder = Command::new("sleep");
+    holder
+        .arg("1000")
+        .stdin(OwnedFd::from(listener))
+        .stdout(OwnedFd::from(near))
+        .stderr(this.expect("a pidfd"));
+    let mut holder = holder.spawn().expect("a process");
+    let target = format!("pid:{}", holder.id());
+    let checked = limosa(&["check", &target, "--json"]);
+    let given_up = limosa(&["check", &target, "--json", "--unaccepted", "close"]);
+    let out = scene.path("refused");
+    let refused = limosa(&["checkpoint", &target, "--out", &out]);
+    holder.kill().expect("killed");
+    holder.wait().expect("an end");
+    let found = |output: &Output| -> Vec<(i64, String)> {
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        let number = |one: &Value| one["subject"]["descriptor"]["number"].as_i64().expect("a descriptor");
+        let refusals = report["refusals"].as_array().expect("refusals").iter();
+        refusals.map(|one| (number(one), one["reason"].as_str().expect("a reason").to_owned())).collect()
+    };
+    let reasons = found(&checked);
+    for (number, part) in [(0, "1 connections wait in it"), (1, "outside the tree"), (2, "not in the tree")] {
+        assert!(reasons.iter().any(|(at, why)| *at == number && why.contains(part)), "{part}: {reasons:?}");
+    }
+    let numbers: Vec<i64> = found(&given_up).into_iter().map(|(number, _)| number).collect();
+    assert_eq!(numbers, [1, 2]);
+    let message = String::from_utf8(refused.stderr).expect("text");
+    assert!(message.contains("3 things"), "{message}");
+}
+
+#[test]
 fn check_tries_every_feature_and_leaves_nothing() {
     if !rustix::process::geteuid().is_root() {
         eprintln!("SKIPPED: this test needs root");
@@ -224,6 +266,19 @@ fn the_plan_of_a_restore_is_explained_and_then_carried_out() {
     ] {
         assert!(plan.contains(&part), "no {part:?} in\n{plan}");
     }
+    let structured = json(&["restore", &out, "--explain", "--json"]);
+    let process = &structured["processes"][0];
+    assert_eq!((process["pid"].as_u64(), process["kind"].as_str()), (Some(pid.into()), Some("process")));
+    let held = structured["descriptions"].as_array().expect("descriptions").iter();
+    assert!(held.filter(|one| one["kind"] == "pipe").count() == 1, "{structured}");
+    let programs = structured["programs"].as_array().expect("programs");
+    // Both forms tell the same calls: a line of the text for each.
+    let calls: Vec<&Value> =
+        programs.iter().flat_map(|one| one["calls"].as_array().expect("calls")).collect();
+    let lines = plan.lines().filter(|line| line.contains(")    "));
+    assert_eq!(lines.count(), calls.len());
+    let maps = calls.iter().find(|call| call["call"] == "mmap").expect("an mmap");
+    assert!(maps["arguments"][0].is_u64() && maps["purpose"].is_string(), "{maps}");
     assert!(!PathBuf::from(format!("/proc/{pid}")).exists(), "nothing was done");
     rustix::process::set_child_subreaper(Some(rustix::process::getpid())).expect("a subreaper");
     let (pidfile, trace) = (scene.path("pid"), scene.path("restore.json"));

@@ -36,10 +36,11 @@ pub struct Migrated {
     pub frozen_us: u64,
 }
 
-/// Moves the container `name` to whatever `connect` reaches, where the processor must have what `processor` says. On an error it runs on here.
+/// Moves the container `source` to whatever `connect` reaches, where the processor must have what `processor` says. On an
+/// error it runs on here.
 pub fn migrate<C: Connect>(
     registry: &Registry,
-    name: &Name,
+    source: Source,
     connect: &mut C,
     store: &Store,
     watch: Watch<'_>,
@@ -47,11 +48,10 @@ pub fn migrate<C: Connect>(
     report: &mut Report,
 ) -> Result<Migrated, MigrateError> {
     let limits = Limits::default();
-    let source = Source::find(registry, name)?;
     source.refuse_unsealable()?;
     report.phase("pre-flight", |_| source.refuse_early(registry))?;
     let id = MigrationId::random().map_err(MigrateError::Id)?;
-    let mut offer = Offer::new(id, name.as_str());
+    let mut offer = Offer::new(id, source.state().config.name.as_str());
     if processor == processor::Rule::Features {
         offer.cpu_features = processor::features().map_err(MigrateError::Processor)?;
     }

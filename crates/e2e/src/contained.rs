@@ -129,9 +129,14 @@ impl<'s> Contained<'s> {
 
     /// `limosa migrate` to the other host.
     pub fn migrate(&self) -> Result<()> {
+        self.migrate_by(&[])
+    }
+
+    /// Likewise, with more options.
+    pub fn migrate_by(&self, options: &[&str]) -> Result<()> {
         let there = 1 - self.here.get();
         let (receiver, destination) = receive(&self.limosa, &self.hosts[there], || Ok(()))?;
-        let report = self.limosa(&["--json", "migrate", Self::NAME, &destination])?;
+        let report = self.limosa(&[&["--json", "migrate", Self::NAME, &destination], options].concat())?;
         receiver.finish()?;
         self.moved(report)
     }

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use limosa_e2e::contained::Contained;
+use limosa_e2e::ground::Ground as _;
 use limosa_e2e::limosa::{self, Source};
 use limosa_e2e::sandbox::{Sandbox, sandboxed, wait_until_alone};
 use limosa_e2e::target::Target;
@@ -107,4 +109,38 @@ fn a_deaf_server(sandbox: &Sandbox) -> Result<()> {
 #[expect(clippy::redundant_closure, reason = "the sandbox finds the test by the name of its closure")]
 fn connections_that_nobody_accepts_are_given_up_on_request() {
     sandboxed(|sandbox| a_deaf_server(sandbox));
+}
+
+/// A container whose program never accepts stays where it is, unless its connections are given up.
+fn a_deaf_container(sandbox: &Sandbox) -> Result<()> {
+    let container = Contained::new(sandbox)?;
+    let server = Target::start(&container, "server", &["deaf"])?;
+    let port = std::fs::read_to_string(container.seen(&container.directory().join("server.port")))?;
+    let address = (container.address(), port.parse()?);
+    let connect = || -> Result<TcpStream> {
+        let _there = container.among_clients()?;
+        TcpStream::connect(address).context("connecting")
+    };
+    let mut client = connect()?;
+    client.write_all(b"hello\n")?;
+    let refused = container.migrate_by(&[]).map_err(|error| format!("{error:#}"));
+    ensure!(refused.as_ref().is_err_and(|why| why.contains("--unaccepted close")), "{refused:?}");
+    client.set_read_timeout(Some(Duration::from_millis(100)))?;
+    let waits = client.read(&mut [0]).map_err(|error| error.kind());
+    ensure!(waits == Err(ErrorKind::WouldBlock), "the client noticed a refused migration: {waits:?}");
+
+    container.migrate_by(&["--unaccepted", "close"])?;
+    server.verify()?;
+    client.write_all(b"are you there?\n")?;
+    client.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let told = client.read(&mut [0]).map_err(|error| error.kind());
+    ensure!(told == Err(ErrorKind::ConnectionReset), "the client was not told: {told:?}");
+    connect().context("at the other host")?;
+    container.end()
+}
+
+#[test]
+#[expect(clippy::redundant_closure, reason = "the sandbox finds the test by the name of its closure")]
+fn a_migration_gives_up_connections_that_nobody_accepts_on_request() {
+    sandboxed(|sandbox| a_deaf_container(sandbox));
 }

@@ -18,13 +18,15 @@
 //! `resources::unix_socket`), so that only those with data are waited for.
 
 use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use limosa_kernel::namespace::{self, Kind};
 use limosa_kernel::net::InNetns;
 use limosa_kernel::net::nft::{PacketLock, Scope};
-use limosa_kernel::net::sock_diag::{Diag, UnixSocket};
+use limosa_kernel::net::sock_diag::{Diag, InetSocket, UnixSocket};
+use limosa_kernel::net::tcp_repair::State;
 use limosa_kernel::proc::ProcDir;
 
 use crate::checkpoint::{Options, TcpConnections, Unaccepted};
@@ -95,7 +97,66 @@ pub(crate) fn freeze(
     Ok((report.phase("freeze", |_| Frozen::stop(root))?, Some(listeners)))
 }
 
+/// A connection that waits in a listening socket of a tree: its listening socket, and what tells it from others.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Waiting {
+    Tcp(u64, SocketAddr, SocketAddr),
+    Unix(u64, u64),
+}
+
+/// How many connections wait in each listening socket of the tree rooted at `root`, which runs, and are not accepted within
+/// a second, by inode number. Returns as soon as none is left of those that waited at first.
+pub(crate) fn stuck(root: i32, options: &Options) -> Result<HashMap<u64, usize>, CaptureError> {
+    let mut counts = HashMap::new();
+    if options.unaccepted == Unaccepted::Close || options.tcp == TcpConnections::Close {
+        return Ok(counts);
+    }
+    let Some(listeners) = Listeners::find(root)? else { return Ok(counts) };
+    let started = Instant::now();
+    let mut stuck = listeners.waiting()?;
+    while !stuck.is_empty() && started.elapsed() < PATIENCE {
+        std::thread::sleep(PERIOD * 10);
+        let still = listeners.waiting()?;
+        stuck.retain(|one| still.contains(one));
+    }
+    for Waiting::Tcp(listener, ..) | Waiting::Unix(listener, _) in stuck {
+        *counts.entry(listener).or_default() += 1;
+    }
+    Ok(counts)
+}
+
 impl Listeners {
+    /// The connections that wait and that a checkpoint could not carry.
+    fn waiting(&self) -> Result<HashSet<Waiting>, CaptureError> {
+        let _inside = InNetns::enter(&self.namespace)?;
+        let mut diag = Diag::open()?;
+        let mut found = HashSet::new();
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            let all = diag.inet(family, libc::IPPROTO_TCP).unwrap_or_default();
+            let listening: Vec<_> = all
+                .iter()
+                .filter(|socket| State::from_number(socket.state) == Some(State::Listen))
+                .filter(|socket| socket.receive_queue > 0 && self.sockets.contains(&socket.inode))
+                .collect();
+            for socket in all.iter().filter(|socket| is_unaccepted(socket)) {
+                let listener = listening.iter().find(|listener| {
+                    let (local, ip) = (listener.local, listener.local.ip());
+                    local.port() == socket.local.port() && (ip.is_unspecified() || ip == socket.local.ip())
+                });
+                found.extend(listener.map(|one| Waiting::Tcp(one.inode, socket.local, socket.remote)));
+            }
+        }
+        let unix = diag.unix().unwrap_or_default();
+        let silent: HashSet<u64> =
+            unix.iter().filter(|socket| socket.send_queue == 0).map(|socket| socket.inode).collect();
+        let is_carried = |client: &u64| silent.contains(client) && self.sockets.contains(client);
+        for socket in unix.iter().filter(|one| is_listening(one) && self.sockets.contains(&one.inode)) {
+            let clients = socket.pending.iter().filter(|client| !is_carried(client));
+            found.extend(clients.map(|client| Waiting::Unix(socket.inode, *client)));
+        }
+        Ok(found)
+    }
+
     /// Finds those of the tree, which runs. None where there are none.
     fn find(root: i32) -> Result<Option<Self>, CaptureError> {
         let namespace = namespace::of_process(root, Kind::Network)?;
@@ -157,6 +218,13 @@ impl Listeners {
         let clients: Vec<u64> = ours.flat_map(|socket| socket.pending.iter().copied()).collect();
         Ok(clients.iter().any(|client| sent.get(client) != Some(&0)))
     }
+}
+
+/// Whether a TCP socket is the end of a connection that waits to be accepted. Closed by its program, and not yet gone, it
+/// would have no inode number either, but another state.
+fn is_unaccepted(socket: &InetSocket) -> bool {
+    socket.inode == 0
+        && matches!(State::from_number(socket.state), Some(State::Established | State::CloseWait))
 }
 
 fn is_listening(socket: &UnixSocket) -> bool {

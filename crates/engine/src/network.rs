@@ -128,6 +128,8 @@ pub struct Network {
     places: Vec<Locked>,
     connections: HashMap<u64, Result<Snapshot, SnapshotError>>,
     unix: HashMap<u64, UnixSocket>,
+    /// See [`Network::running`].
+    stuck: HashMap<u64, usize>,
     /// The multicast groups of each network namespace, by its device and inode number.
     groups: HashMap<(u64, u64), Vec<Group>>,
     /// Likewise, the TCP sockets whose segments are signed, by inode number.
@@ -190,6 +192,17 @@ impl Network {
             network.places.push(Locked { namespace, lock, sockets, addresses });
         }
         Ok(network)
+    }
+
+    /// For a tree that runs: nothing is locked or read. `stuck` counts the connections that wait in its listening sockets
+    /// and are not accepted, by inode number.
+    pub(crate) fn running(options: &Options, stuck: HashMap<u64, usize>) -> Self {
+        Self { tcp: options.tcp, unaccepted: options.unaccepted, stuck, ..Self::default() }
+    }
+
+    /// How many connections wait in a listening socket of a running tree and are not accepted.
+    pub(crate) fn stuck(&self, inode: u64) -> usize {
+        self.stuck.get(&inode).copied().unwrap_or(0)
     }
 
     /// The snapshot of the connection with that inode number, once.
@@ -311,9 +324,12 @@ fn is_connected(view: &DescriptionView) -> bool {
     let Some(kind) = kind(view) else { return false };
     matches!(kind.domain, libc::AF_INET | libc::AF_INET6)
         && kind.protocol == libc::IPPROTO_TCP
-        && tcp_repair::info(&view.descriptor).is_ok_and(|info| {
-            !matches!(info.state, State::Listen | State::Close | State::TimeWait | State::SynReceived)
-        })
+        && tcp_repair::info(&view.descriptor).is_ok_and(|info| is_connection(info.state))
+}
+
+/// Whether a socket in this state has a connection that can be read.
+pub(crate) fn is_connection(state: State) -> bool {
+    !matches!(state, State::Listen | State::Close | State::TimeWait | State::SynReceived)
 }
 
 /// Something to be done with a socket when the tree starts.

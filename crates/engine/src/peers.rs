@@ -6,14 +6,13 @@
 
 use std::collections::HashMap;
 
-use limosa_kernel::memory::ForeignMemory;
 use limosa_kernel::net::peer;
-use limosa_puppet::{Data, Program, Visit};
+use limosa_puppet::{Data, Program};
 
-use crate::checkpoint::locate_vdso;
+use crate::checkpoint::run_inside;
 use crate::error::CaptureError;
 use crate::network;
-use crate::view::{DescriptionView, ProcessView};
+use crate::view::DescriptionView;
 
 /// The ID in the tree of the peers that Limosa does not know, by the inode number of the socket. The tree is frozen.
 pub(crate) fn ask(
@@ -38,15 +37,10 @@ pub(crate) fn ask(
 /// Asks one process, which holds all of `views`.
 fn ask_one(views: &[&DescriptionView], answers: &mut HashMap<u64, i32>) -> Result<(), CaptureError> {
     let Some(process) = views.first().map(|view| view.process) else { return Ok(()) };
-    let ProcessView { pid, ref status, .. } = *process;
     let mut program = Program::new();
     let asked: Vec<Data> = views.iter().map(|view| question(view.number, &mut program)).collect();
-    let foreign = ForeignMemory::open(pid)?;
-    let vdso = locate_vdso(process, &foreign)?;
-    let mut visit = Visit::begin(pid, pid, vdso, &foreign, status.signals.caught, program.size())?;
-    let outcome = visit.run(program)?;
-    visit.end()?;
-    outcome.check().map_err(|source| CaptureError::Question { pid, source })?;
+    let outcome = run_inside(process, program)?;
+    outcome.check().map_err(|source| CaptureError::Question { pid: process.pid, source })?;
     for (view, data) in views.iter().zip(asked) {
         if let Some((peer, ..)) = peer::parse_credentials(outcome.bytes(data)) {
             answers.insert(view.stat.st_ino, peer);

@@ -4,8 +4,10 @@
 //! looked at twice is reported, and a process or descriptor that is gone meanwhile is none of its business. The
 //! checkpoint itself looks again, with the tree frozen.
 //!
-//! Rooms whose capture does nothing but look ([`LOOKING`]) are asked for their refusals; of the others, whose
-//! capture reads queues or stops packets, only whether they recognise the descriptor.
+//! Rooms say what they would refuse as far as that shows without reading a queue or stopping a packet
+//! ([`DescriptorKind::examine`](crate::resources::DescriptorKind::examine)). Connections that nobody has accepted are
+//! watched for the second that the checkpoint would give the program. What is left to the checkpoint: descriptors in
+//! flight in unix sockets, and what only the threads themselves can tell.
 
 use std::collections::{HashMap, HashSet};
 use std::io::Read;
@@ -17,6 +19,7 @@ use limosa_kernel::task::{self, Comparison};
 
 use crate::checkpoint::{Options, SHARING};
 use crate::error::{CaptureError, Refusal};
+use crate::listeners;
 use crate::memory::SpaceAllocator;
 use crate::network::Network;
 use crate::resources::mapping::MappingState;
@@ -25,10 +28,8 @@ use crate::resources::shared_memory::SharedObjects;
 use crate::resources::{CaptureContext, DescriptorState, NamespaceState, file_locks, filesystem};
 use crate::view::{DescriptionView, ProcessView};
 
-/// Rooms whose capture leaves no trace and needs nothing to stand still.
-const LOOKING: [&str; 8] =
-    ["eventfd", "timerfd", "signalfd", "inotify", "memfd", "other_socket", "file", "other_file"];
-/// How long two processes must share something before it is not taken for a child on its way to execve(2).
+/// How long something must be there before it is not taken for a child on its way to execve(2), a connection that is just
+/// being made, or the like.
 const MOMENT: Duration = Duration::from_millis(20);
 
 /// A process of the tree.
@@ -42,6 +43,24 @@ pub(crate) struct Member {
 ///
 /// Errors: only what keeps it from looking at all, such as a root that does not exist.
 pub fn look(root: i32, options: &Options) -> Result<Vec<Refusal>, CaptureError> {
+    let stuck = listeners::stuck(root, options).unwrap_or_else(|error| {
+        tracing::debug!(%error, "listening sockets are not looked at");
+        HashMap::new()
+    });
+    let mut found = look_once(root, options, &stuck)?;
+    if !found.is_empty() {
+        std::thread::sleep(MOMENT);
+        let still = look_once(root, options, &stuck)?;
+        found.retain(|refusal| still.contains(refusal));
+    }
+    Ok(found)
+}
+
+fn look_once(
+    root: i32,
+    options: &Options,
+    stuck: &HashMap<u64, usize>,
+) -> Result<Vec<Refusal>, CaptureError> {
     let members = members(root)?;
     let mut refusals = sharing(&members);
     let mut shared = SharedObjects::default();
@@ -69,7 +88,7 @@ pub fn look(root: i32, options: &Options) -> Result<Vec<Refusal>, CaptureError> 
     if let Some(root) = views.first() {
         note(&mut refusals, NamespaceState::capture(root, options.container, None));
     }
-    refusals.extend(descriptors(&views, &mut shared, options));
+    refusals.extend(descriptors(&views, &mut shared, options, Network::running(options, stuck.clone())));
     Ok(refusals)
 }
 
@@ -117,33 +136,29 @@ fn traced(view: &ProcessView) -> Option<Refusal> {
     (tracer != 0).then(|| Refusal::process(view.pid, reason, "end that debugger or tracer first"))
 }
 
-/// Processes that share with their parents what only threads share, for longer than a moment.
+/// Processes that share with their parents what only threads share.
 fn sharing(members: &[Member]) -> Vec<Refusal> {
-    let look = || -> Vec<Refusal> {
-        let children = members.iter().filter(|member| member.parent != 0);
-        let pairs = children.flat_map(|child| SHARING.map(|(what, name)| (child, what, name)));
-        pairs
-            .filter(|(child, what, _)| {
-                task::kcmp(child.pid, child.parent, *what, 0, 0).is_ok_and(std::cmp::Ordering::is_eq)
-            })
-            .map(|(child, _, name)| {
-                let reason = format!("it shares its {name} with its parent {}", child.parent);
-                let remedy = "wait until it has called execve, or run it without clone's sharing flags";
-                Refusal::process(child.pid, reason, remedy)
-            })
-            .collect()
-    };
-    let mut found = look();
-    if !found.is_empty() {
-        std::thread::sleep(MOMENT);
-        let still = look();
-        found.retain(|refusal| still.contains(refusal));
-    }
-    found
+    let children = members.iter().filter(|member| member.parent != 0);
+    let pairs = children.flat_map(|child| SHARING.map(|(what, name)| (child, what, name)));
+    pairs
+        .filter(|(child, what, _)| {
+            task::kcmp(child.pid, child.parent, *what, 0, 0).is_ok_and(std::cmp::Ordering::is_eq)
+        })
+        .map(|(child, _, name)| {
+            let reason = format!("it shares its {name} with its parent {}", child.parent);
+            let remedy = "wait until it has called execve, or run it without clone's sharing flags";
+            Refusal::process(child.pid, reason, remedy)
+        })
+        .collect()
 }
 
 /// What is refused of the tree's descriptors.
-fn descriptors(views: &[ProcessView], shared: &mut SharedObjects, options: &Options) -> Vec<Refusal> {
+fn descriptors(
+    views: &[ProcessView],
+    shared: &mut SharedObjects,
+    options: &Options,
+    mut network: Network,
+) -> Vec<Refusal> {
     let mut refusals = Vec::new();
     let mut found = Vec::new();
     let mut by_number = HashMap::new();
@@ -159,7 +174,7 @@ fn descriptors(views: &[ProcessView], shared: &mut SharedObjects, options: &Opti
     }
     let own_pids: HashMap<i32, i32> = views.iter().map(|view| (view.pid, view.own_pid)).collect();
     note(&mut refusals, file_locks::refuse_outsiders(&found, &own_pids.keys().copied().collect()));
-    let (mut sink, mut spaces, mut network) = (Nowhere, SpaceAllocator::default(), Network::default());
+    let (mut sink, mut spaces) = (Nowhere, SpaceAllocator::default());
     let mut context = CaptureContext::new(
         &mut sink,
         &mut spaces,
@@ -174,11 +189,8 @@ fn descriptors(views: &[ProcessView], shared: &mut SharedObjects, options: &Opti
     let mut told = HashSet::new();
     for view in &found {
         let mut one = Vec::new();
-        match DescriptorState::room_of(view) {
-            Some(room) if !LOOKING.contains(&room) => {}
-            // Refused by its room, or by none recognising it.
-            _ => note(&mut one, DescriptorState::capture(view, &mut context)),
-        }
+        note(&mut one, DescriptorState::examine(view, &mut context));
+        note(&mut one, file_locks::capture(view.process, view.number, &view.info, false, false));
         if !one.is_empty()
             && is_still_there(view)
             && told.insert((view.stat.st_dev, view.stat.st_ino, view.link.clone()))

@@ -10,7 +10,7 @@
 mod births;
 mod build;
 mod descriptors;
-mod explain;
+pub mod explain;
 mod heritage;
 mod huge_pages;
 mod inside;

@@ -20,7 +20,9 @@ mod vdso_image;
 mod visit;
 
 pub use arena::{Arena, ArenaError, Slice};
-pub use program::{Arg, CallId, Data, Outcome, Program, ProgramError, RenderedProgram};
+pub use program::{
+    Arg, CallId, Data, Outcome, Program, ProgramError, RenderedProgram, ShownArgument, ShownCall,
+};
 pub use resident::{Birth, Resident, ResidentError, Running};
 pub use vdso::{Vdso, elf_extent};
 pub use vdso_image::{VdsoFunction, VdsoImage};

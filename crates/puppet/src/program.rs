@@ -15,7 +15,10 @@
 //! A CALL that fails ends the program unless it may fail. A MOVE copies one word from an earlier op's
 //! result (or from the data) into a later op's argument just before that op runs.
 
+use std::borrow::Cow;
 use std::fmt;
+
+use serde::Serialize;
 
 /// Bytes of one op.
 pub const OP_SIZE: usize = 64;
@@ -306,33 +309,102 @@ fn put(image: &mut [u8], at: usize, words: &[u64; 8]) {
     }
 }
 
-impl fmt::Display for Program {
-    /// One line a call, as `limosa restore --explain` prints it.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, op) in self.ops.iter().enumerate() {
-            write!(f, "{index:5}  {}(", syscall_name(op.number))?;
-            let last =
-                op.arguments.iter().rposition(|argument| *argument != Arg::Value(0)).map_or(0, |at| at + 1);
-            for (slot, argument) in op.arguments[..last].iter().enumerate() {
-                let comma = if slot == 0 { "" } else { ", " };
-                match argument {
-                    Arg::Value(value) if *value < 4096 => write!(f, "{comma}{value}")?,
-                    Arg::Value(value) => write!(f, "{comma}{value:#x}")?,
-                    Arg::ResultOf(call) => write!(f, "{comma}result[{}]", call.0)?,
-                    Arg::Address(data) | Arg::Within(data, _) => write!(f, "{comma}<{} bytes>", data.length)?,
-                    Arg::Word(_) => write!(f, "{comma}<word>")?,
-                }
-            }
-            writeln!(f, ")    {}", op.purpose)?;
+/// A call of a program as it is shown.
+#[derive(Clone, Debug, Serialize)]
+pub struct ShownCall {
+    /// The system call's name.
+    pub call: Cow<'static, str>,
+    /// Its arguments; zeros at the end are left out.
+    pub arguments: Vec<ShownArgument>,
+    /// Whether the program goes on if it fails.
+    pub may_fail: bool,
+    /// What it is for.
+    pub purpose: &'static str,
+}
+
+/// An argument as it is shown: the addresses of buffers are not known before the program has its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum ShownArgument {
+    /// A number or an address in the puppet.
+    Value(u64),
+    /// The result of an earlier call.
+    Result {
+        /// Its index.
+        result_of: usize,
+    },
+    /// The address of a buffer, or of something in it.
+    Buffer {
+        /// Bytes in it.
+        buffer_bytes: usize,
+    },
+    /// The 32-bit number that an earlier call has put into a buffer.
+    Word {
+        /// Bytes of that buffer.
+        word_in_bytes: usize,
+    },
+}
+
+impl From<Arg> for ShownArgument {
+    fn from(argument: Arg) -> Self {
+        match argument {
+            Arg::Value(value) => Self::Value(value),
+            Arg::ResultOf(call) => Self::Result { result_of: call.0 },
+            Arg::Address(data) | Arg::Within(data, _) => Self::Buffer { buffer_bytes: data.length },
+            Arg::Word(data) => Self::Word { word_in_bytes: data.length },
         }
-        Ok(())
+    }
+}
+
+impl fmt::Display for ShownArgument {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Value(value) if *value < 4096 => write!(f, "{value}"),
+            Self::Value(value) => write!(f, "{value:#x}"),
+            Self::Result { result_of } => write!(f, "result[{result_of}]"),
+            Self::Buffer { buffer_bytes } => write!(f, "<{buffer_bytes} bytes>"),
+            Self::Word { .. } => write!(f, "<word>"),
+        }
+    }
+}
+
+impl fmt::Display for ShownCall {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}(", self.call)?;
+        for (slot, argument) in self.arguments.iter().enumerate() {
+            write!(f, "{}{argument}", if slot == 0 { "" } else { ", " })?;
+        }
+        write!(f, ")    {}", self.purpose)
+    }
+}
+
+impl Program {
+    /// Its calls as they are shown to people and programs.
+    pub fn shown(&self) -> impl Iterator<Item = ShownCall> {
+        self.ops.iter().map(|op| {
+            let last = op.arguments.iter().rposition(|argument| *argument != Arg::Value(0));
+            let arguments = &op.arguments[..last.map_or(0, |at| at + 1)];
+            ShownCall {
+                call: syscall_name(op.number),
+                arguments: arguments.iter().map(|argument| (*argument).into()).collect(),
+                may_fail: op.flags & FLAG_MAY_FAIL != 0,
+                purpose: op.purpose,
+            }
+        })
+    }
+}
+
+impl fmt::Display for Program {
+    /// One line a call.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.shown().enumerate().try_for_each(|(index, call)| writeln!(f, "{index:5}  {call}"))
     }
 }
 
 /// The name of a system call that programs use, or its number.
-fn syscall_name(number: u32) -> std::borrow::Cow<'static, str> {
+fn syscall_name(number: u32) -> Cow<'static, str> {
     crate::arch::syscall_name(i64::from(number))
-        .map_or_else(|| format!("syscall_{number}").into(), std::borrow::Cow::Borrowed)
+        .map_or_else(|| format!("syscall_{number}").into(), Cow::Borrowed)
 }
 
 /// A call of a program that failed.

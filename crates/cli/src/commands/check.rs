@@ -4,13 +4,13 @@ use std::fmt::Write;
 use std::process::ExitCode;
 
 use clap::Args;
-use limosa_container::Source;
 use limosa_engine::check::{self, Area, Feature};
 use limosa_engine::resources::processor;
 use limosa_engine::summary::printable;
-use limosa_engine::{Refusal, checkpoint, preflight};
+use limosa_engine::{Refusal, preflight};
 use serde::Serialize;
 
+use super::carrying::Carrying;
 use super::checkpoint::Target;
 use crate::context::{Context, Outcome};
 use crate::text;
@@ -20,16 +20,21 @@ const NOT_POSSIBLE: u8 = 2;
 
 /// Show what this kernel, these privileges and this CPU allow, or what in a target cannot be carried.
 ///
-/// Without a target every feature is tried; with one, the running processes are looked at without freezing them.
+/// Without a target every feature is tried; with one, the running processes are looked at without freezing them, as
+/// `checkpoint` and `migrate` do it first. What is left for them to find is in the threads' own hands (timers on other
+/// threads' clocks, supervised seccomp filters), or on its way in a unix socket.
 /// The exit status is 2 if checkpoint and restore cannot work here, or if anything in the target is refused.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     limosa check\n  \
-    limosa check web\n  \
+    limosa check web --unaccepted close\n  \
     limosa check pid:1234 --json")]
 pub struct Check {
     /// NAME of a container, or pid:N for the process tree rooted at N.
     target: Option<Target>,
+
+    #[command(flatten)]
+    carrying: Carrying,
 }
 
 /// The report without a target.
@@ -53,7 +58,7 @@ impl Check {
     pub fn execute(self, context: &Context) -> Outcome {
         let possible = match &self.target {
             None => host(context)?,
-            Some(target) => carried(context, target)?,
+            Some(target) => carried(context, target, &self.carrying)?,
         };
         Ok(if possible { ExitCode::SUCCESS } else { ExitCode::from(NOT_POSSIBLE) })
     }
@@ -91,12 +96,12 @@ fn host(context: &Context) -> anyhow::Result<bool> {
     Ok(sufficient)
 }
 
-fn carried(context: &Context, target: &Target) -> anyhow::Result<bool> {
+fn carried(context: &Context, target: &Target, carrying: &Carrying) -> anyhow::Result<bool> {
     let refusals = match target {
-        Target::Pid(pid) => preflight::look(*pid, &checkpoint::Options::default())?,
+        Target::Pid(pid) => preflight::look(*pid, &carrying.of_process_tree()?)?,
         Target::Name(name) => {
             let registry = context.registry();
-            Source::find(&registry, name)?.preflight(&registry)?
+            carrying.of_container(&registry, name)?.preflight(&registry)?
         }
     };
     let mut text = String::new();

@@ -1,15 +1,13 @@
 //! `limosa checkpoint`.
 
-use std::collections::HashMap;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use limosa_container::{CapturedContainer, Name, Source};
-use limosa_engine::checkpoint::{Captured, TcpConnections, Unaccepted};
+use limosa_container::{CapturedContainer, Name};
+use limosa_engine::checkpoint::Captured;
 use limosa_engine::resources::processor;
 use limosa_engine::twin::Remainder;
 use limosa_engine::{MemoryMode, Mode, Refusals, Report, Times, checkpoint, preflight};
@@ -17,6 +15,7 @@ use limosa_image::{CheckpointWriter, Committed, Meta};
 use limosa_kernel::signals::Signals;
 use serde::Serialize;
 
+use crate::commands::carrying::Carrying;
 use crate::commands::posted::Posted;
 use crate::context::{Context, Failure, Outcome};
 use crate::text;
@@ -71,40 +70,11 @@ pub struct Checkpoint {
     #[arg(long, value_enum, value_name = "MODE")]
     mode: Option<HowStored>,
 
-    /// What becomes of TCP connections: they go on after the restore, or are closed.
-    #[arg(long, value_enum, value_name = "HOW", default_value = "established")]
-    tcp: Tcp,
-
-    /// What becomes of connections that wait in listening sockets, if the program does not accept them within a second:
-    /// there is no checkpoint, or they are closed.
-    #[arg(long, value_enum, value_name = "HOW", default_value = "refuse")]
-    unaccepted: NotAccepted,
-
-    /// A file outside the mounts of the process tree or container, or a terminal that is shown outside it, that it may
-    /// have open; restore needs the same KEY. May be given several times.
-    #[arg(long, value_name = "KEY=PATH", value_parser = super::key_and_path)]
-    external: Vec<(String, PathBuf)>,
+    #[command(flatten)]
+    carrying: Carrying,
 
     #[command(flatten)]
     trace: Trace,
-}
-
-/// The values of `--tcp`.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Tcp {
-    /// Carried: after the restore they go on.
-    Established,
-    /// Not carried: after the restore the sockets are not connected.
-    Close,
-}
-
-impl From<Tcp> for TcpConnections {
-    fn from(tcp: Tcp) -> Self {
-        match tcp {
-            Tcp::Established => Self::Established,
-            Tcp::Close => Self::Close,
-        }
-    }
 }
 
 /// The values of `--mode`.
@@ -121,24 +91,6 @@ impl From<HowStored> for Mode {
         match how {
             HowStored::Stop => Self::Stop,
             HowStored::Twin => Self::Twin,
-        }
-    }
-}
-
-/// The values of `--unaccepted`.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum NotAccepted {
-    /// No checkpoint is made.
-    Refuse,
-    /// Not carried: who made them is told when the source ends.
-    Close,
-}
-
-impl From<NotAccepted> for Unaccepted {
-    fn from(unaccepted: NotAccepted) -> Self {
-        match unaccepted {
-            NotAccepted::Refuse => Self::Refuse,
-            NotAccepted::Close => Self::Close,
         }
     }
 }
@@ -198,15 +150,6 @@ impl Checkpoint {
         Ok(ExitCode::SUCCESS)
     }
 
-    /// The files of `--external` by device and inode.
-    fn externals(&self) -> anyhow::Result<HashMap<(u64, u64), String>> {
-        let look = |(key, path): &(String, PathBuf)| {
-            let file = std::fs::metadata(path).with_context(|| path.display().to_string())?;
-            Ok(((file.dev(), file.ino()), key.clone()))
-        };
-        self.external.iter().map(look).collect()
-    }
-
     fn memory(&self, root: i32) -> MemoryMode {
         MemoryMode::choose(self.mode.map(Into::into), root, self.leave_running)
     }
@@ -225,17 +168,10 @@ impl Checkpoint {
         if !Path::new(&format!("/proc/{root}")).exists() {
             return Err(anyhow::anyhow!("there is no process {root}").into());
         }
-        let externals = self.externals()?;
         let memory = self.memory(root);
         let guarded = memory.mode == Mode::Twin;
-        let options = checkpoint::Options {
-            container: false,
-            externals,
-            tcp: self.tcp.into(),
-            unaccepted: self.unaccepted.into(),
-            leaves_running: self.leave_running,
-            memory,
-        };
+        let leaves_running = self.leave_running;
+        let options = checkpoint::Options { leaves_running, memory, ..self.carrying.of_process_tree()? };
         Refusals::check(report.phase("pre-flight", |_| preflight::look(root, &options))?)?;
         let _guard = guarded.then(|| Posted::over_tree(context, root)).transpose()?;
         let signals = watched::hold_back();
@@ -253,10 +189,7 @@ impl Checkpoint {
         report: &mut Report,
     ) -> Result<(Committed, u64), Failure> {
         let registry = context.registry();
-        let source = Source::find(&registry, name)?
-            .with_connections(self.tcp.into(), self.unaccepted.into())
-            .running_on(self.leave_running)
-            .with_externals(self.externals()?);
+        let source = self.carrying.of_container(&registry, name)?.running_on(self.leave_running);
         report.phase("pre-flight", |_| source.refuse_early(&registry))?;
         let memory = self.memory(source.pid());
         let source = source.stored(memory);

@@ -5,8 +5,9 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Args;
-use limosa_container::Name;
 use limosa_container::migration::{self, Arrivals};
+use limosa_container::{Name, Source};
+use limosa_engine::checkpoint::TcpConnections;
 use limosa_engine::{Report, Times};
 use limosa_migrate::{
     Address, Connect as _, Limits, ListenOptions, Listener, Outcome as MigrationOutcome, Received, Store,
@@ -14,6 +15,7 @@ use limosa_migrate::{
 };
 use serde::Serialize;
 
+use crate::commands::carrying::NotAccepted;
 use crate::commands::posted::Posted;
 use crate::context::{Context, Outcome};
 use crate::progress;
@@ -24,7 +26,8 @@ use crate::trace::Trace;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     limosa migrate web ssh://root@b.example\n  \
-    limosa migrate web limosa://192.0.2.7:4000/TICKET\n\n\
+    limosa migrate web limosa://192.0.2.7:4000/TICKET\n  \
+    limosa migrate web ssh://root@b.example --unaccepted close\n\n\
     The first form runs `limosa receive` on the other host: LIMOSA_REMOTE names the program there if it is not in the \
     search path, LIMOSA_SSH the program to run instead of ssh. \
     The second form takes what `limosa receive --listen 192.0.2.7:4000` printed on the other host.")]
@@ -39,6 +42,9 @@ pub struct Migrate {
     /// missing, the container runs on here after it.
     #[arg(long, value_enum, default_value_t)]
     cpu: super::Cpu,
+
+    #[command(flatten)]
+    unaccepted: NotAccepted,
 
     #[command(flatten)]
     trace: Trace,
@@ -78,15 +84,10 @@ impl Migrate {
         let mut report = Report::default();
         let watch =
             progress::watch(format!("{} → {}", self.name, address.redacted()), self.progress, context.json);
-        let migrated = migration::migrate(
-            &registry,
-            &self.name,
-            &mut address,
-            &store,
-            watch,
-            self.cpu.into(),
-            &mut report,
-        )?;
+        let source = Source::find(&registry, &self.name)?
+            .with_connections(TcpConnections::Established, self.unaccepted.how());
+        let migrated =
+            migration::migrate(&registry, source, &mut address, &store, watch, self.cpu.into(), &mut report)?;
         match migrated.outcome {
             MigrationOutcome::Moved(_) => {}
             MigrationOutcome::Kept { reason } => {

@@ -1,5 +1,6 @@
 //! The subcommands, one file for each family. A new one is a file, a line in `mod`, a variant and an arm.
 
+mod carrying;
 mod check;
 mod checkpoint;
 mod containers;

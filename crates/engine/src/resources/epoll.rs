@@ -60,6 +60,10 @@ impl DescriptorKind for Epoll {
         Ok(Self { entries })
     }
 
+    fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
+        Self::capture(view, context).map(drop)
+    }
+
     fn rebuild(&self, _: u32, _: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
         create(CreateFlags::CLOEXEC).map_err(RestoreError::rebuild("epoll", "epoll_create1"))
     }

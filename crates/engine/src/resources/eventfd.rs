@@ -38,6 +38,10 @@ impl DescriptorKind for EventFd {
         Ok(Self { count: eventfd.count, semaphore })
     }
 
+    fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
+        Self::capture(view, context).map(drop)
+    }
+
     fn rebuild(&self, _: u32, _: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
         let kind = if self.semaphore { EventfdFlags::SEMAPHORE } else { EventfdFlags::empty() };
         let fail = |step| RestoreError::rebuild("eventfd", step);

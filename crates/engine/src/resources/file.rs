@@ -88,6 +88,10 @@ impl DescriptorKind for File {
         Ok(Self { path: path.into(), position, mode, deleted, deleted_directory, external })
     }
 
+    fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
+        Self::capture(view, context).map(drop)
+    }
+
     fn rebuild(&self, flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
         let flags = reopening_flags(flags);
         let file = match (&self.external, self.deleted, self.deleted_directory) {

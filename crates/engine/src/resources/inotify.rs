@@ -64,6 +64,10 @@ impl DescriptorKind for Inotify {
         Ok(Self { watches })
     }
 
+    fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
+        Self::capture(view, context).map(drop)
+    }
+
     fn rebuild(&self, _: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
         let fail = |step| RestoreError::rebuild("inotify", step);
         let descriptor =

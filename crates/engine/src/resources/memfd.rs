@@ -42,6 +42,10 @@ impl DescriptorKind for Memfd {
         Ok(Self { object, position: view.info.pos })
     }
 
+    fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
+        Self::capture(view, context).map(drop)
+    }
+
     fn rebuild(&self, flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
         let object = context.shared_objects.get(self.object).ok_or_else(|| {
             RestoreError::inconsistent(format!("there is no shared object {}", self.object))

@@ -96,6 +96,10 @@ pub trait DescriptorKind: Sized {
     /// Its state; typed refusals for what cannot be carried.
     fn capture(view: &DescriptionView, context: &mut CaptureContext) -> Result<Self, CaptureError>;
 
+    /// The refusal that [`Self::capture`] would give, as far as it can be known while the processes run, and without doing
+    /// anything to the object that they could notice: no queue is read.
+    fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError>;
+
     /// A new description in that state, in Limosa itself.
     fn rebuild(&self, flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError>;
 
@@ -167,15 +171,15 @@ macro_rules! descriptor_kinds {
                 $(if <$type as DescriptorKind>::recognise(view) {
                     return <$type as DescriptorKind>::capture(view, context).map(Self::$variant);
                 })*
-                Err(view.refuse("no room of Limosa's recognises it", "close it before the checkpoint").into())
+                Err(unknown(view))
             }
 
-            /// The name of the first room that recognises the description.
-            pub(crate) fn room_of(view: &DescriptionView) -> Option<&'static str> {
+            /// Has the first room that recognises the description say what it would refuse.
+            pub(crate) fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
                 $(if <$type as DescriptorKind>::recognise(view) {
-                    return Some(stringify!($room));
+                    return <$type as DescriptorKind>::examine(view, context);
                 })*
-                None
+                Err(unknown(view))
             }
 
             /// Rebuilds it by its room.
@@ -200,6 +204,10 @@ macro_rules! descriptor_kinds {
             }
         }
     };
+}
+
+fn unknown(view: &DescriptionView) -> CaptureError {
+    view.refuse("no room of Limosa's recognises it", "close it before the checkpoint").into()
 }
 
 attributes! {

@@ -37,6 +37,10 @@ impl DescriptorKind for OtherFile {
         Err(view.refuse(reason, remedy).into())
     }
 
+    fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
+        Self::capture(view, context).map(drop)
+    }
+
     fn rebuild(&self, _: u32, _: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
         match self.never {}
     }

@@ -30,6 +30,10 @@ impl DescriptorKind for OtherSocket {
         Err(view.refuse(reason, remedy).into())
     }
 
+    fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
+        Self::capture(view, context).map(drop)
+    }
+
     fn rebuild(&self, _flags: u32, _context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
         match self.never {}
     }

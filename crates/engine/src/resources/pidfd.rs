@@ -56,6 +56,10 @@ impl DescriptorKind for PidFd {
         Ok(Self { pid: *pid, thread, ended: false })
     }
 
+    fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
+        Self::capture(view, context).map(drop)
+    }
+
     fn rebuild(&self, _: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
         let flags = if self.thread { THREAD } else { 0 };
         if self.ended {

@@ -46,16 +46,17 @@ impl DescriptorKind for Pipe {
 
     fn capture(view: &DescriptionView, context: &mut CaptureContext) -> Result<Self, CaptureError> {
         let inode = view.stat.st_ino;
-        let path = (!view.link.starts_with(b"pipe:[")).then(|| view.link.clone().into());
-        if path.is_some() && view.stat.st_nlink == 0 {
-            return Err(view.refuse("the FIFO has been deleted", "close it before the checkpoint").into());
-        }
+        let path = path(view)?;
         let content = if context.first(KIND, inode ^ view.stat.st_dev) {
             Some(content(view, has_packet_writer(view, context))?)
         } else {
             None
         };
         Ok(Self { inode: inode ^ view.stat.st_dev, path, content })
+    }
+
+    fn examine(view: &DescriptionView, _: &mut CaptureContext) -> Result<(), CaptureError> {
+        path(view).map(drop)
     }
 
     fn rebuild(&self, flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
@@ -84,6 +85,17 @@ impl DescriptorKind for Pipe {
         let wanted = OFlags::from_bits_retain(flags) & kept;
         reopen(both.as_fd(), if wanted.contains(OFlags::RDWR) { wanted } else { wanted | OFlags::NONBLOCK })
     }
+}
+
+/// The path of a FIFO; none for a pipe.
+fn path(view: &DescriptionView) -> Result<Option<serde_bytes::ByteBuf>, CaptureError> {
+    if view.link.starts_with(b"pipe:[") {
+        return Ok(None);
+    }
+    if view.stat.st_nlink == 0 {
+        return Err(view.refuse("the FIFO has been deleted", "close it before the checkpoint").into());
+    }
+    Ok(Some(view.link.clone().into()))
 }
 
 fn fail(step: &'static str) -> impl FnOnce(rustix::io::Errno) -> RestoreError {

@@ -28,6 +28,10 @@ impl DescriptorKind for SignalFd {
         }
     }
 
+    fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
+        Self::capture(view, context).map(drop)
+    }
+
     fn rebuild(&self, _: u32, _: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
         Ok(limosa_kernel::signals::signalfd(self.mask)?)
     }

@@ -18,7 +18,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use limosa_kernel::net::sockopt::{self, Phase};
 use limosa_kernel::net::tcp_rebuild;
 use limosa_kernel::net::tcp_repair::{self, Options, State, Window};
-use limosa_kernel::net::tcp_snapshot::{self, Snapshot};
+use limosa_kernel::net::tcp_snapshot::{self, Snapshot, SnapshotError};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 
@@ -167,13 +167,29 @@ impl DescriptorKind for Tcp {
         let options = network::to_state(sockopt::capture(fd)?);
         let role = match context.network.take(view.stat.st_ino) {
             Some(Ok(snapshot)) => Role::Connected(Box::new(snapshot.into())),
-            Some(Err(error)) => {
-                return Err(view.refuse(error.to_string(), "let the connection come to rest and try again").into());
-            }
+            Some(Err(error)) => return Err(not_at_rest(view, &error)),
             None if closes => Role::Idle { local: None },
             None => unconnected(view, context)?,
         };
         Ok(Self { ipv6, options, role })
+    }
+
+    fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
+        let fd = view.descriptor.as_fd();
+        let state = tcp_repair::info(fd)?.state;
+        if state == State::Listen {
+            return match context.network.stuck(view.stat.st_ino) {
+                0 => Ok(()),
+                waiting => Err(network::refuse_unaccepted(view, waiting)),
+            };
+        }
+        if context.network.tcp == TcpConnections::Close && is_connected(view)? {
+            return Ok(());
+        }
+        if network::is_connection(state) {
+            return tcp_snapshot::examine(fd).map_err(|error| not_at_rest(view, &error));
+        }
+        unconnected(view, context).map(drop)
     }
 
     fn rebuild(&self, _flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
@@ -183,6 +199,10 @@ impl DescriptorKind for Tcp {
             Role::Idle { local } => self.place(local.map(Into::into), None),
         }
     }
+}
+
+fn not_at_rest(view: &DescriptionView, error: &SnapshotError) -> CaptureError {
+    view.refuse(error.to_string(), "let the connection come to rest and try again").into()
 }
 
 /// Whether it has a connection, or once had one.

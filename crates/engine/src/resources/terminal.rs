@@ -129,10 +129,7 @@ impl DescriptorKind for TerminalEnd {
             Some(end) => end?,
             None => return Err(outside(view)),
         };
-        let shown = |other: &DescriptionView| matches!(end_of(other), Some(Ok(end)) if end == (index, true));
-        if !context.descriptions.iter().any(shown)
-            && let Some(key) = external_key(view, index, context)
-        {
+        if let Some(key) = is_external(view, index, context) {
             let settings = terminal::settings(&view.descriptor)?;
             let external = Some(External { key, modes: modes(settings), characters: settings.characters });
             return Ok(Self { terminal: 0, master: false, external });
@@ -148,6 +145,16 @@ impl DescriptorKind for TerminalEnd {
             }
         };
         Ok(Self { terminal, master, external: None })
+    }
+
+    fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
+        let (index, _) = end_of(view).ok_or_else(|| outside(view))??;
+        if is_external(view, index, context).is_some() {
+            return Ok(());
+        }
+        let (master, slave) = ends(index, view, context)?;
+        check_line(master)?;
+        check_queue(master, slave, poll(master)?).map(drop)
     }
 
     fn rebuild(&self, flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
@@ -216,24 +223,8 @@ fn settings(modes: [u32; 6], characters: [u8; 19]) -> Settings {
 impl Terminal {
     /// Captures the terminal that `view` is an end of.
     fn capture(index: u32, view: &DescriptionView, context: &CaptureContext) -> Result<Self, CaptureError> {
-        let ends = |master| {
-            context
-                .descriptions
-                .iter()
-                .filter(move |other| matches!(end_of(other), Some(Ok(end)) if end == (index, master)))
-        };
-        let mut masters = ends(true);
-        let master = masters.next().ok_or_else(|| outside(view))?;
-        if masters.next().is_some() {
-            let reason = format!("the tree has two terminals with the number {index}, of two /dev/pts");
-            return Err(view.refuse(reason, "close one of them").into());
-        }
-        let slave = ends(false).next();
-        let settings = terminal::settings(&master.descriptor)?;
-        if settings.line != N_TTY {
-            let reason = format!("it has line discipline {}", settings.line);
-            return Err(master.refuse(reason, "set it back to 0 (N_TTY)").into());
-        }
+        let (master, slave) = ends(index, view, context)?;
+        let settings = check_line(master)?;
         let Size { rows, columns, width, height } = terminal::size(&master.descriptor)?;
         let polled = poll(master)?;
         let node = slave.filter(|slave| rustix::fs::major(slave.stat.st_rdev) == SLAVES);
@@ -260,12 +251,57 @@ fn poll(view: &DescriptionView) -> Result<PollFlags, CaptureError> {
     Ok(polled[0].revents())
 }
 
-/// What the master could read; a refusal where more waits than can be carried.
+/// The master of a terminal, and its slave if that is open.
+fn ends<'a>(
+    index: u32,
+    view: &DescriptionView,
+    context: &CaptureContext<'a>,
+) -> Result<(&'a DescriptionView<'a>, Option<&'a DescriptionView<'a>>), CaptureError> {
+    let descriptions = context.descriptions;
+    let of = |master| {
+        descriptions.iter().filter(move |other| matches!(end_of(other), Some(Ok(end)) if end == (index, master)))
+    };
+    let mut masters = of(true);
+    let master = masters.next().ok_or_else(|| outside(view))?;
+    if masters.next().is_some() {
+        let reason = format!("the tree has two terminals with the number {index}, of two /dev/pts");
+        return Err(view.refuse(reason, "close one of them").into());
+    }
+    Ok((master, of(false).next()))
+}
+
+/// The settings, if its line discipline is the one that terminals have.
+fn check_line(master: &DescriptionView) -> Result<Settings, CaptureError> {
+    let settings = terminal::settings(&master.descriptor)?;
+    if settings.line != N_TTY {
+        let reason = format!("it has line discipline {}", settings.line);
+        return Err(master.refuse(reason, "set it back to 0 (N_TTY)").into());
+    }
+    Ok(settings)
+}
+
+/// The key of a terminal that is shown outside the tree.
+fn is_external(view: &DescriptionView, index: u32, context: &CaptureContext) -> Option<String> {
+    let shown = |other: &DescriptionView| matches!(end_of(other), Some(Ok(end)) if end == (index, true));
+    if context.descriptions.iter().any(shown) { None } else { external_key(view, index, context) }
+}
+
+/// What the master could read.
 fn queue(
     master: &DescriptionView,
     slave: Option<&DescriptionView>,
     polled: PollFlags,
 ) -> Result<Vec<u8>, CaptureError> {
+    check_queue(master, slave, polled)?;
+    Ok(terminal::copy_waiting(&master.descriptor)?)
+}
+
+/// A refusal where more waits than can be carried.
+fn check_queue(
+    master: &DescriptionView,
+    slave: Option<&DescriptionView>,
+    polled: PollFlags,
+) -> Result<(), CaptureError> {
     if let Some(slave) = slave
         && terminal::waiting(&slave.descriptor)? > 0
     {
@@ -277,7 +313,7 @@ fn queue(
         let reason = format!("{waiting} bytes or a change of its state wait to be read from it");
         return Err(master.refuse(reason, "try again when the program that shows it has read them").into());
     }
-    Ok(terminal::copy_waiting(&master.descriptor)?)
+    Ok(())
 }
 
 impl Terminals {

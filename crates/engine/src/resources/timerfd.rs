@@ -64,6 +64,10 @@ impl DescriptorKind for TimerFd {
         })
     }
 
+    fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
+        Self::capture(view, context).map(drop)
+    }
+
     fn rebuild(&self, _: u32, _: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
         let fail = |step| RestoreError::rebuild("timerfd", step);
         let clock = [

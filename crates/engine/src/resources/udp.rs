@@ -100,6 +100,11 @@ impl DescriptorKind for Udp {
         Ok(state)
     }
 
+    /// Nothing of these is refused.
+    fn examine(_: &DescriptionView, _: &mut CaptureContext) -> Result<(), CaptureError> {
+        Ok(())
+    }
+
     fn rebuild(&self, _flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
         let socket = self.make()?;
         // On the loopback interface they would meet the packet lock of other connections' restore: the mark passes it.

@@ -172,7 +172,12 @@ pub fn take(sockets: &[BorrowedFd<'_>]) -> Result<Vec<Result<Snapshot, SnapshotE
     Ok(jobs.into_iter().map(|job| finish(job?)).collect())
 }
 
-fn prepare(fd: BorrowedFd<'_>) -> Result<Job<'_>, SnapshotError> {
+/// Fails for what [`take`] refuses of a connection, without touching it: its owner may run.
+pub fn examine(fd: BorrowedFd<'_>) -> Result<(), SnapshotError> {
+    can_be_read(fd).map(drop)
+}
+
+fn can_be_read(fd: BorrowedFd<'_>) -> Result<Info, SnapshotError> {
     use State::{CloseWait, Closing, Established, FinWait1, FinWait2, LastAck, SynSent};
     let info = tcp_repair::info(fd)?;
     if !matches!(info.state, Established | FinWait1 | FinWait2 | CloseWait | LastAck | Closing | SynSent) {
@@ -184,6 +189,11 @@ fn prepare(fd: BorrowedFd<'_>) -> Result<Job<'_>, SnapshotError> {
     if has_urgent_data(fd) {
         return Err(SnapshotError::UrgentData { socket: raw::name(fd) });
     }
+    Ok(info)
+}
+
+fn prepare(fd: BorrowedFd<'_>) -> Result<Job<'_>, SnapshotError> {
+    let info = can_be_read(fd)?;
     let pending = pending(fd)?;
     let reuse_address = raw::get_int(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR)
         .map_err(|source| Error::new("getsockopt(SO_REUSEADDR)", raw::name(fd), source))?;

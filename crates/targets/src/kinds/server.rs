@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use super::{Setting, Verify};
 
 pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     let port = listener.local_addr()?.port();
     fs::write(setting.protocol.beside("port"), port.to_string()).context("writing the port")?;
     let served = Arc::new(AtomicU64::new(0));

@@ -22,11 +22,7 @@ pub(super) fn capture(
 ) -> Result<UnixSocket, CaptureError> {
     let inode = view.stat.st_ino;
     let listed = context.network.unix(view)?;
-    let kind = match i32::from(listed.kind) {
-        libc::SOCK_STREAM => Kind::Stream,
-        libc::SOCK_DGRAM => Kind::Datagram,
-        _ => Kind::Packets,
-    };
+    let kind = kind(&listed);
     network::refuse_foreign_options(view)?;
     let role = role(view, &listed, kind, context)?;
     let (read_shut, write_shut) = shut(listed.shutdown);
@@ -48,6 +44,27 @@ pub(super) fn capture(
         peer: peer(view, context)?,
         peek_offset: sockopt::peek_offset(&view.descriptor)?,
     })
+}
+
+/// What of that would be refused, but for descriptors in flight: the queue is left alone.
+pub(super) fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
+    let listed = context.network.unix(view)?;
+    if listed.state == LISTEN {
+        return match context.network.stuck(view.stat.st_ino) {
+            0 => Ok(()),
+            waiting => Err(network::refuse_unaccepted(view, waiting)),
+        };
+    }
+    let kind = kind(&listed);
+    role(view, &listed, kind, context).map(drop)
+}
+
+fn kind(listed: &sock_diag::UnixSocket) -> Kind {
+    match i32::from(listed.kind) {
+        libc::SOCK_STREAM => Kind::Stream,
+        libc::SOCK_DGRAM => Kind::Datagram,
+        _ => Kind::Packets,
+    }
 }
 
 fn role(

@@ -171,6 +171,10 @@ impl DescriptorKind for UnixSocket {
         capture::capture(view, context)
     }
 
+    fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
+        capture::examine(view, context)
+    }
+
     fn rebuild(&self, _flags: u32, _context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
         rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)
             .map_err(RestoreError::rebuild("unix socket", "eventfd (a placeholder)"))
