@@ -284,6 +284,16 @@ impl CgroupError {
 mod tests {
     use super::*;
 
+    proptest::proptest! {
+        #[test]
+        fn any_line_of_mountinfo_is_a_hierarchy_or_none(line: String, kind in "cgroup2?", rest: String) {
+            let _ = parse_hierarchy(&line);
+            if let Some(found) = parse_hierarchy(&format!("1 2 3 4 /nowhere - {kind} {rest}")) {
+                proptest::prop_assert_eq!(found.unified, kind == "cgroup2");
+            }
+        }
+    }
+
     #[test]
     fn hierarchies_are_read_from_mountinfo() {
         let memory =

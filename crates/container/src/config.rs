@@ -269,6 +269,32 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        #[test]
+        fn what_is_read_is_written_the_same(text: String, near in "[a-z0-9.,:/=]{0,40}", size in "[0-9]{0,21}[ kKMGTiBé]{0,3}") {
+            for text in [&text, &near] {
+                if let Ok(name) = text.parse::<Name>() {
+                    proptest::prop_assert!(name.to_string() == *text && !text.contains('/') && text != "..");
+                }
+                if let Ok(address) = text.parse::<Address>() {
+                    proptest::prop_assert_eq!(address.to_string().parse::<Address>(), Ok(address));
+                }
+                let _ = (text.parse::<Network>(), parse_size(text), serde_json::from_str::<Config>(text));
+            }
+            proptest::prop_assert!(parse_size(&size).is_ok_and(|size| size > 0) || parse_size(&size).is_err());
+        }
+
+        #[test]
+        fn networks_are_read_whole_or_not(bridge in "[a-z]{1,17}", address: [u8; 4], length in 0_u8..40, more in "(,(ip|gw|x)=[0-9./:]{0,12})?") {
+            let address = IpAddr::from(address);
+            let network = format!("{bridge},ip={address}/{length}{more}").parse::<Network>();
+            if let Ok(network) = network {
+                proptest::prop_assert!(network.bridge == bridge && bridge.len() < 16 && length <= 32);
+                proptest::prop_assert_eq!(network.addresses[0], Address { address, prefix_length: length });
+            }
+        }
+    }
+
     #[test]
     fn sizes_have_binary_units() {
         assert_eq!(parse_size("256M"), Ok(256 << 20));

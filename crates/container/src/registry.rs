@@ -443,3 +443,95 @@ impl RegistryError {
         Self::Io { operation, path: path.to_owned(), source }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// Calls `replace` on each value in the tree.
+    fn each(value: &mut Value, replace: &mut impl FnMut(&mut Value)) {
+        match value {
+            Value::Array(items) => items.iter_mut().for_each(|item| each(item, replace)),
+            Value::Object(entries) => entries.values_mut().for_each(|item| each(item, replace)),
+            _ => {}
+        }
+        replace(value);
+    }
+
+    /// Every value of a record replaced by what it should never be: it is read, or it is called damaged.
+    #[test]
+    fn damaged_records_are_read_or_called_damaged() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let registry = Registry::new(directory.path());
+        let name: Name = "web".parse().expect("a name");
+        let config = json!({
+            "name": "web", "command": ["sleep", "1"], "environment": {"A": "B"}, "rootfs": "/", "memory": 1 << 30,
+            "network": {"bridge": "br0", "addresses": ["10.0.0.7/24"], "gateways": ["10.0.0.1"]},
+        });
+        let config: Config = serde_json::from_value(config).expect("a configuration");
+        let init = Init::of(std::process::id() as i32).expect("this process");
+        let record = Record::new(config, Some(init), Cgroup::default(), Some("veth1".to_owned()));
+        std::fs::create_dir_all(registry.paths(&name).directory()).expect("a directory");
+        registry.save(&record).expect("saved");
+        assert_eq!(registry.load(&name).expect("a record"), record);
+        let original = serde_json::to_value(&record).expect("JSON");
+        let mut count = 0;
+        each(&mut original.clone(), &mut |_| count += 1);
+        let text = "x".repeat(100_000);
+        let wrong = [
+            json!(null),
+            json!(0),
+            json!(-1),
+            json!(u64::MAX),
+            json!(1e300),
+            json!(""),
+            json!("../.."),
+            json!(text),
+            json!([]),
+            json!({}),
+        ];
+        let (mut read, mut damaged) = (0, 0);
+        for number in 0..count {
+            for wrong in &wrong {
+                let (mut changed, mut at) = (original.clone(), 0);
+                each(&mut changed, &mut |value| {
+                    if at == number {
+                        *value = wrong.clone();
+                    }
+                    at += 1;
+                });
+                std::fs::write(registry.paths(&name).config(), changed.to_string()).expect("written");
+                match registry.load(&name) {
+                    Ok(record) => {
+                        let _ = (
+                            record.running(),
+                            record.instance(),
+                            record.cgroup.is_frozen(),
+                            record.cgroup.processes(),
+                        );
+                        read += 1;
+                    }
+                    Err(RegistryError::Malformed { .. } | RegistryError::Version { .. }) => damaged += 1,
+                    Err(error) => panic!("{changed}: {error}"),
+                }
+                assert_eq!(registry.list().expect("a list").len(), 1);
+            }
+        }
+        assert!(read > 20 && damaged > 50, "{read} read, {damaged} damaged");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_a_record_or_called_damaged(bytes: Vec<u8>) {
+            let directory = tempfile::tempdir().expect("a directory");
+            let registry = Registry::new(directory.path());
+            let name: Name = "web".parse().expect("a name");
+            std::fs::create_dir_all(registry.paths(&name).directory()).expect("a directory");
+            std::fs::write(registry.paths(&name).config(), &bytes).expect("written");
+            let damaged = matches!(registry.load(&name), Err(RegistryError::Malformed { .. }));
+            proptest::prop_assert!(damaged);
+        }
+    }
+}

@@ -21,7 +21,7 @@ use rustix::fs::OFlags;
 
 use crate::proc::ProcDir;
 use crate::{Error, Result, fault};
-pub use words::{Frame, pages_moved};
+pub use words::{Frame, categories, pages_moved};
 
 bitflags::bitflags! {
     /// What a page is; the bits are those of `PAGE_IS_*`.

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use common::{Scene, short_limits};
 use limosa_migrate::message::{Answer, Reason};
-use limosa_migrate::record::{Arrival, Departure, DepartureRecord, RecordError};
-use limosa_migrate::{Outcome, Remains, StartReport, settle};
+use limosa_migrate::record::{Arrival, ArrivalRecord, Departure, DepartureRecord, RecordError};
+use limosa_migrate::{Address, MigrationId, Outcome, Remains, StartReport, Store, Ticket, settle};
+use proptest::prelude::*;
 
 fn departure(scene: &Scene) -> DepartureRecord {
     DepartureRecord {
@@ -175,5 +176,71 @@ fn a_damaged_record_is_an_error_and_not_an_answer() {
         std::fs::write(&path, &whole[..length]).expect("damage");
         let answer = store.answer(scene.offer.id, |_| panic!("nothing was being started"));
         assert!(answer.is_err(), "{length} of {} bytes: {answer:?}", whole.len());
+    }
+}
+
+/// What is in the place of a record, whatever it is: what is not one is an error, never an outcome.
+fn found(bytes: &[u8], what: &str) -> Result<(), TestCaseError> {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store = Store::open(directory.path()).expect("a store");
+    let id = MigrationId::from_bytes([7; 16]);
+    std::fs::write(directory.path().join(format!("{id}.{what}")), bytes).expect("written");
+    let (arrival, departure) = (store.arrival(id), store.departure(id));
+    for failed in [arrival.as_ref().err(), departure.as_ref().err()].into_iter().flatten() {
+        prop_assert!(matches!(failed, RecordError::Malformed { .. }), "{}", failed);
+    }
+    prop_assert_eq!(store.unsettled().is_err(), departure.is_err());
+    prop_assert_eq!(store.prune(Duration::ZERO).is_err(), arrival.is_err() || departure.is_err());
+    if arrival.is_err() {
+        let answer = store.answer(id, |_| panic!("nothing was being started"));
+        prop_assert!(answer.is_err(), "{:?}", answer);
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn any_bytes_are_a_record_or_an_error(bytes: Vec<u8>) {
+        found(&bytes, "in")?;
+        found(&bytes, "out")?;
+    }
+
+    /// Real records with one byte that is another.
+    #[test]
+    fn a_damaged_record_is_read_or_an_error(at: prop::sample::Index, to: u8, cut: bool) {
+        let scene = Scene::new(short_limits());
+        let arrival = ArrivalRecord {
+            offer: Some(scene.offer.clone()),
+            arrival: Arrival::Started(StartReport::default()),
+            acknowledged: false,
+        };
+        let records = [
+            (limosa_image::cbor::encode(&arrival).expect("CBOR"), "in"),
+            (limosa_image::cbor::encode(&departure(&scene)).expect("CBOR"), "out"),
+        ];
+        for (mut bytes, what) in records {
+            let at = at.index(bytes.len());
+            if cut {
+                bytes.truncate(at);
+            } else {
+                bytes[at] = to;
+            }
+            found(&bytes, what)?;
+        }
+    }
+
+    #[test]
+    fn any_text_is_an_id_a_ticket_an_address_or_an_error(text: String, near in "(ssh|limosa)://[-a-zA-Z0-9_@:/.\\[\\]]{0,90}") {
+        for text in [&text, &near] {
+            prop_assert!(text.parse::<MigrationId>().is_err_and(|error| text.starts_with(&error.text)) || text.len() == 32);
+            if let Ok(ticket) = text.parse::<Ticket>() {
+                prop_assert_eq!(ticket.to_string(), text.as_str());
+            }
+            if let Ok(address) = text.parse::<Address>() {
+                prop_assert_eq!(address.to_string().parse::<Address>().expect("an address"), address);
+            }
+        }
     }
 }

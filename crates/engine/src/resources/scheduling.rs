@@ -217,10 +217,18 @@ fn parse_list(text: &str) -> Vec<u64> {
 mod tests {
     use super::*;
 
+    proptest::proptest! {
+        #[test]
+        fn any_list_ends_in_a_mask_of_bounded_length(text in "[-,0-9 x]{0,60}") {
+            proptest::prop_assert!(parse_list(&text).len() <= ALL);
+        }
+    }
+
     #[test]
     fn lists_of_processors_are_masks() {
         assert_eq!(parse_list("0-3,8\n"), [0b1_0000_1111]);
         assert_eq!(parse_list("0,64"), [1, 1]);
+        assert_eq!(parse_list("7-0,x,-,18446744073709551615,0-18446744073709551615").len(), ALL);
         assert!(covers(&[0b111], &[0b101]) && !covers(&[0b101], &[0b111]) && !covers(&[1], &[1, 1]));
     }
 }

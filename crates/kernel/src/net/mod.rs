@@ -21,4 +21,13 @@ pub mod tcp_snapshot;
 
 mod netlink;
 
+/// Gives bytes to every parser of what the kernel says about networks and sockets, for fuzzing; the results do not matter.
+#[doc(hidden)]
+pub fn feed(bytes: &[u8]) {
+    multicast::feed(&String::from_utf8_lossy(bytes));
+    sock_diag::feed(bytes);
+    let _ = rtnetlink::parse_answers(bytes);
+    let _ = peer::parse_credentials(bytes);
+}
+
 pub use namespace::InNetns;

@@ -78,6 +78,14 @@ mod tests {
         assert_eq!(peer.groups, groups);
     }
 
+    proptest::proptest! {
+        #[test]
+        fn arbitrary_credentials_never_panic(bytes: Vec<u8>) {
+            let parsed = parse_credentials(&bytes);
+            proptest::prop_assert!(parsed.is_none() || bytes.len() >= 12);
+        }
+    }
+
     #[test]
     fn an_unconnected_socket_has_no_peer() {
         assert_eq!(peer(UnixDatagram::unbound().unwrap()).unwrap(), None);

@@ -26,7 +26,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 
-pub use netlink_packet_route;
+pub use {netlink_packet_core, netlink_packet_route};
 
 use crate::fault;
 use crate::{Error, Result};
@@ -308,12 +308,8 @@ impl Rtnetlink {
         let mut consistent = true;
         loop {
             let (datagram, _) = self.socket.recv_from_full().map_err(error)?;
-            let mut rest = datagram.as_slice();
-            while !rest.is_empty() {
-                let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
-                    .map_err(|cause| Error::malformed(operation, object, cause.to_string()))?;
-                let length = (message.header.length as usize).next_multiple_of(4).max(16);
-                rest = rest.get(length..).unwrap_or_default();
+            for message in parse(&datagram) {
+                let message = message.map_err(|why| Error::malformed(operation, object, why))?;
                 if message.header.sequence_number != self.sequence {
                     continue;
                 }
@@ -332,6 +328,35 @@ impl Rtnetlink {
             }
         }
     }
+}
+
+/// The messages of a datagram; an item that is an error ends it.
+fn parse(
+    mut rest: &[u8],
+) -> impl Iterator<Item = std::result::Result<NetlinkMessage<RouteNetlinkMessage>, String>> {
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let bytes = std::mem::take(&mut rest);
+        let message = NetlinkMessage::deserialize(bytes).map_err(|cause| cause.to_string());
+        if let Ok(message) = &message {
+            let length = (message.header.length as usize).next_multiple_of(4).max(16);
+            rest = bytes.get(length..).unwrap_or_default();
+        }
+        Some(message)
+    })
+}
+
+/// What of a datagram's messages can be understood, for tests of what is made of them.
+#[doc(hidden)]
+pub fn parse_answers(datagram: &[u8]) -> Vec<RouteNetlinkMessage> {
+    let messages = parse(datagram).filter_map(std::result::Result::ok);
+    let inner = messages.filter_map(|message| match message.payload {
+        NetlinkPayload::InnerMessage(answer) => Some(answer),
+        _ => None,
+    });
+    inner.collect()
 }
 
 /// The name of a link.
@@ -368,5 +393,62 @@ fn operation(message: &RouteNetlinkMessage) -> &'static str {
         RouteNetlinkMessage::NewNeighbour(_) => "RTM_NEWNEIGH",
         RouteNetlinkMessage::GetNeighbour(_) => "RTM_GETNEIGH",
         _ => "rtnetlink",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What the kernel says of this namespace's links, addresses, routes and rules, each message by itself.
+    fn real_messages() -> Vec<Vec<u8>> {
+        let mut netlink = Rtnetlink::open().expect("a socket");
+        let mut all = Vec::new();
+        for request in [
+            RouteNetlinkMessage::GetLink(LinkMessage::default()),
+            RouteNetlinkMessage::GetAddress(AddressMessage::default()),
+            RouteNetlinkMessage::GetRoute(RouteMessage::default()),
+            RouteNetlinkMessage::GetRule(RuleMessage::default()),
+        ] {
+            for answer in netlink.dump(request, "everything").expect("a list") {
+                let mut message = NetlinkMessage::new(NetlinkHeader::default(), NetlinkPayload::from(answer));
+                message.finalize();
+                let mut bytes = vec![0; message.buffer_len()];
+                message.serialize(&mut bytes);
+                all.push(bytes);
+            }
+        }
+        assert!(!all.is_empty(), "not even a loopback device");
+        all
+    }
+
+    #[test]
+    fn real_messages_with_damage_anywhere_never_panic() {
+        for bytes in real_messages() {
+            assert_eq!(parse_answers(&bytes).len(), 1);
+            for at in 0..bytes.len() {
+                for wrong in [0, 1, 4, 0x7F, 0x80, 0xFF, bytes[at].wrapping_add(1), bytes[at] ^ 0x10] {
+                    let mut damaged = bytes.clone();
+                    damaged[at] = wrong;
+                    let _ = parse_answers(&damaged);
+                }
+                let _ = parse_answers(&bytes[..at]);
+            }
+        }
+    }
+
+    proptest! {
+        /// Random bytes behind a header that is whole, so that they are looked at.
+        #[test]
+        fn arbitrary_bytes_never_panic(kind in 16_u16..120, payload: Vec<u8>, bytes: Vec<u8>) {
+            let _ = parse_answers(&bytes);
+            let mut message = (payload.len() as u32 + 16).to_ne_bytes().to_vec();
+            message.extend(kind.to_ne_bytes());
+            message.extend([0; 10]);
+            message.extend(payload);
+            let _ = parse_answers(&message);
+        }
     }
 }

@@ -197,6 +197,17 @@ fn u32_at(bytes: &[u8], at: usize) -> std::result::Result<u32, String> {
     chunk.map(|chunk| u32::from_ne_bytes(*chunk)).ok_or_else(|| format!("{} bytes, too short", bytes.len()))
 }
 
+/// Gives bytes to the parsers of messages, of their attributes, and of sockets.
+pub(super) fn feed(bytes: &[u8]) {
+    let _ = parse_inet(bytes);
+    let _ = parse_unix(bytes);
+    for message in netlink::messages(bytes).filter_map(std::result::Result::ok) {
+        let _ = netlink::attributes(message.payload).count();
+        let _ = parse_inet(message.payload);
+        let _ = parse_unix(message.payload);
+    }
+}
+
 /// `struct inet_diag_msg`: 4 bytes, the 48 of `inet_diag_sockid`, five words; then attributes.
 fn parse_inet(payload: &[u8]) -> std::result::Result<InetSocket, String> {
     const SIZE: usize = 72;
@@ -289,11 +300,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn arbitrary_bytes_never_panic(bytes: Vec<u8>) {
-            let _ = parse_inet(&bytes);
-            let _ = parse_unix(&bytes);
-            for message in netlink::messages(&bytes) {
-                let _ = message.map(|message| netlink::attributes(message.payload).count());
-            }
+            feed(&bytes);
         }
     }
 }

@@ -60,6 +60,17 @@ pub enum Frame {
     Swapped(u64),
 }
 
+impl Frame {
+    /// What a word says.
+    pub fn of(word: u64) -> Self {
+        match word & PRESENT {
+            0 if is_swapped(word) => Self::Swapped(word & FRAME),
+            0 => Self::Absent,
+            _ => Self::Present(word & FRAME),
+        }
+    }
+}
+
 impl PagemapScanner {
     /// Where each page of `range` is, in order. The range must be aligned to pages.
     ///
@@ -70,13 +81,9 @@ impl PagemapScanner {
         let mut frames = Vec::with_capacity(((range.end.saturating_sub(range.start)) / page_size()) as usize);
         let mut hidden = false;
         self.each_word(range, |_, word| {
-            let place = word & FRAME;
-            hidden |= place == 0 && word & PRESENT != 0;
-            frames.push(match word & PRESENT {
-                0 if is_swapped(word) => Frame::Swapped(place),
-                0 => Frame::Absent,
-                _ => Frame::Present(place),
-            });
+            let frame = Frame::of(word);
+            hidden |= frame == Frame::Present(0);
+            frames.push(frame);
         })?;
         if hidden {
             let why = std::io::Error::from_raw_os_error(libc::EPERM);
@@ -178,7 +185,8 @@ impl PagemapScanner {
     }
 }
 
-fn categories(word: u64, zero_frame: Option<u64>) -> Categories {
+/// What a word says of its page, where the zero page has that frame.
+pub fn categories(word: u64, zero_frame: Option<u64>) -> Categories {
     let mut page = Categories::empty();
     page.set(Categories::PRESENT, word & PRESENT != 0);
     page.set(Categories::SWAPPED, is_swapped(word));
@@ -219,4 +227,34 @@ fn word_at(pagemap: BorrowedFd<'_>, address: u64) -> Option<u64> {
     let mut word = [0; 8];
     let count = rustix::io::pread(pagemap, &mut word, address / page_size() * 8).ok()?;
     (count == word.len()).then(|| u64::from_ne_bytes(word))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Whatever bits a word has, both readings of it agree, and nothing is both here and elsewhere.
+        #[test]
+        fn any_word_is_in_one_place(word: u64, zero: Option<u64>) {
+            let (page, frame) = (categories(word, zero), Frame::of(word));
+            prop_assert_eq!(page.contains(Categories::PRESENT), matches!(frame, Frame::Present(_)));
+            prop_assert_eq!(page.contains(Categories::SWAPPED), matches!(frame, Frame::Swapped(_)));
+            prop_assert!(!page.contains(Categories::PRESENT | Categories::SWAPPED));
+            prop_assert!(!page.contains(Categories::GUARD | Categories::SWAPPED), "a guard page holds nothing");
+            prop_assert!(!page.contains(Categories::ZERO) || page.contains(Categories::PRESENT));
+            let (Frame::Present(number) | Frame::Swapped(number)) = frame else { return Ok(()) };
+            prop_assert!(number < 1 << 55);
+        }
+
+        #[test]
+        fn the_frame_of_the_zero_page_is_zero(number in 1_u64..1 << 55, flags in 0_u64..1 << 8) {
+            let word = PRESENT | flags << 55 | number;
+            prop_assert!(categories(word, Some(number)).contains(Categories::ZERO));
+            prop_assert!(!categories(word, Some(number ^ 1)).contains(Categories::ZERO));
+            prop_assert!(!categories(word & !PRESENT, Some(number)).contains(Categories::ZERO));
+        }
+    }
 }

@@ -407,3 +407,99 @@ impl Neighbour {
         message
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use limosa_kernel::net::rtnetlink::parse_answers;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn names() -> BTreeMap<u32, String> {
+        BTreeMap::from([(1, "lo".to_owned()), (2, "eth0".to_owned())])
+    }
+
+    fn numbers() -> BTreeMap<String, u32> {
+        names().into_iter().map(|(number, name)| (name, number)).collect()
+    }
+
+    fn address() -> impl Strategy<Value = IpAddr> {
+        prop_oneof![any::<[u8; 4]>().prop_map(IpAddr::from), any::<[u8; 16]>().prop_map(IpAddr::from)]
+    }
+
+    fn maybe<T: std::fmt::Debug>(inner: impl Strategy<Value = T>) -> impl Strategy<Value = Option<T>> {
+        proptest::option::of(inner)
+    }
+
+    prop_compose! {
+        /// What a checkpoint can say of a route, whether it makes sense or not.
+        fn route()(
+            six: bool, prefix: u8, table: u32, protocol: u8, scope: u8, kind: u8, on_link: bool,
+            destination in maybe(address()), gateway in maybe(address()), source in maybe(address()),
+            link in maybe(prop_oneof!["lo", "eth0", ".*"]), priority: Option<u32>,
+        ) -> Route {
+            Route { six, destination, prefix, gateway, link, source, table, protocol, scope, kind, priority, on_link }
+        }
+    }
+
+    /// A request as it is sent to the kernel.
+    fn sent(message: RouteNetlinkMessage) -> Vec<u8> {
+        use limosa_kernel::net::rtnetlink::netlink_packet_core::{
+            NetlinkHeader, NetlinkMessage, NetlinkPayload,
+        };
+        let mut message = NetlinkMessage::new(NetlinkHeader::default(), NetlinkPayload::from(message));
+        message.finalize();
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        bytes
+    }
+
+    proptest! {
+        /// Routes of hostile checkpoints become messages; those that a kernel could have sent come back as they were.
+        #[test]
+        fn any_route_becomes_a_message(route in route()) {
+            let known = route.link.as_ref().is_none_or(|link| numbers().contains_key(link));
+            let message = route.message(&numbers());
+            prop_assert_eq!(message.is_some(), known);
+            let Some(message) = message else { return Ok(()) };
+            let bytes = sent(RouteNetlinkMessage::NewRoute(message));
+            for answer in parse_answers(&bytes) {
+                let RouteNetlinkMessage::NewRoute(answer) = answer else { continue };
+                let fits = |address: Option<IpAddr>| address.is_none_or(|address| address.is_ipv6() == route.six);
+                if fits(route.destination) && fits(route.gateway) && fits(route.source) {
+                    let read = Route::of(&answer, &names());
+                    prop_assert_eq!(read.as_ref(), Some(&route));
+                }
+            }
+        }
+
+        #[test]
+        fn any_address_and_neighbour_becomes_a_message(
+            local in address(), peer in maybe(address()), prefix: u8, broadcast: Option<[u8; 4]>, scope: u8,
+            label: Option<String>, hardware in proptest::collection::vec(any::<u8>(), 0..=HARDWARE_MAX),
+        ) {
+            let address = Address { local, peer, prefix, broadcast: broadcast.map(Ipv4Addr::from), scope, label };
+            sent(RouteNetlinkMessage::NewAddress(address.message(1)));
+            let neighbour = Neighbour { address: local, hardware: hardware.into(), link: "lo".to_owned() };
+            sent(RouteNetlinkMessage::NewNeighbour(neighbour.message(1)));
+        }
+
+        /// Whatever the kernel answers, it is understood or left out.
+        #[test]
+        fn any_answer_is_understood_or_left_out(kind in 16_u16..32, payload: Vec<u8>) {
+            let mut bytes = (payload.len() as u32 + 16).to_ne_bytes().to_vec();
+            bytes.extend(kind.to_ne_bytes());
+            bytes.extend([0; 10]);
+            bytes.extend(payload);
+            for answer in parse_answers(&bytes) {
+                match answer {
+                    RouteNetlinkMessage::NewAddress(message) => drop(Address::of(&message)),
+                    RouteNetlinkMessage::NewRoute(message) => drop(Route::of(&message, &names())),
+                    RouteNetlinkMessage::NewNeighbour(message) => drop(Neighbour::of(&message, &names())),
+                    RouteNetlinkMessage::NewLink(message) => drop(link(&message)),
+                    _ => {}
+                }
+            }
+        }
+    }
+}
