@@ -176,6 +176,10 @@ impl DescriptorKind for Tcp {
 
     fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
         let fd = view.descriptor.as_fd();
+        let closes = context.network.tcp == TcpConnections::Close && is_connected(view)?;
+        if !closes {
+            context.network.refuse_foreign(view)?;
+        }
         let state = tcp_repair::info(fd)?.state;
         if state == State::Listen {
             return match context.network.stuck(view.stat.st_ino) {
@@ -183,7 +187,7 @@ impl DescriptorKind for Tcp {
                 waiting => Err(network::refuse_unaccepted(view, waiting)),
             };
         }
-        if context.network.tcp == TcpConnections::Close && is_connected(view)? {
+        if closes {
             return Ok(());
         }
         if network::is_connection(state) {

@@ -100,9 +100,8 @@ impl DescriptorKind for Udp {
         Ok(state)
     }
 
-    /// Nothing of these is refused.
-    fn examine(_: &DescriptionView, _: &mut CaptureContext) -> Result<(), CaptureError> {
-        Ok(())
+    fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
+        context.network.refuse_foreign(view)
     }
 
     fn rebuild(&self, _flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {

@@ -48,6 +48,7 @@ pub(super) fn capture(
 
 /// What of that would be refused, but for descriptors in flight: the queue is left alone.
 pub(super) fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
+    network::refuse_foreign_options(view)?;
     let listed = context.network.unix(view)?;
     if listed.state == LISTEN {
         return match context.network.stuck(view.stat.st_ino) {
