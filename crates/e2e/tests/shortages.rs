@@ -301,6 +301,37 @@ fn a_receiver_with_too_few_processes() {
     });
 }
 
+/// The receiver's control group has too little memory: the kernel ends it, or it cannot start. What it had built is removed,
+/// the source runs on, and the error says that the other side is gone.
+#[test]
+fn a_receiver_with_too_little_memory() {
+    sandboxed(|sandbox| {
+        let group = Group::new("memory")?;
+        let container = Contained::new(sandbox)?;
+        let mut redis = Redis::start(&container, 1000)?;
+        let mut failed = 0;
+        for mebibytes in [1, 2, 3, 4, 5, 6, 8, 10, 1024] {
+            let condition = group.joined_with("memory.limit_in_bytes", mebibytes << 20) + "\n";
+            let outcome = container.migrate_under(&condition)?;
+            let context = || format!("with {mebibytes} MiB: {outcome:?}");
+            container.settled().with_context(context)?;
+            redis.verify().with_context(context)?;
+            if let Some(error) = &outcome {
+                failed += 1;
+                println!("{}", context());
+                ensure!(container.location() == "A", "{}: it moved", context());
+                ensure!(error.contains("runs on here"), "{}: where it runs is not said", context());
+            } else {
+                ensure!(failed > 0, "{}: nothing was short", context());
+                ensure!(container.location() == "B", "{}: it did not move", context());
+                drop(redis);
+                return container.end();
+            }
+        }
+        bail!("all {failed} migrations failed")
+    });
+}
+
 /// The state directory of the receiver has too little space: for records, for the writable layer, for the log.
 #[test]
 fn no_space_at_the_destination() {
