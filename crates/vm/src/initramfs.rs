@@ -20,9 +20,10 @@ use crate::kernel::Kernel;
 pub const MODULES: &str = "modules";
 
 /// Programs of Debian's that tests use; everything else is busybox. (Its `cat` keeps what is typed on a terminal to itself.)
-const PROGRAMS: [&str; 12] = [
+const PROGRAMS: [&str; 13] = [
     "bash",
     "cat",
+    "flock",
     "ip",
     "ipcmk",
     "redis-cli",

@@ -80,7 +80,7 @@ fn a_destination_that_loses_its_power_in_the_hand_over_leaves_the_source_frozen(
         );
         std::thread::sleep(Duration::from_secs(5));
         ensure!(counter.is_silent(Duration::from_secs(10)), "it was let go by the death of its controller");
-        ensure!(is_sealed(&a)? && states(&a)? == ["running"], "undecided: {:?}", states(&a)?);
+        ensure!(is_sealed(&a)? && states(&a)? == ["frozen"], "undecided: {:?}", states(&a)?);
         drop(counter);
         stage.end([a])
     });
