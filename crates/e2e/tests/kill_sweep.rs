@@ -70,34 +70,29 @@ fn sweep_leaving_running(
     Ok(())
 }
 
+/// The same of a target of `kind`.
+fn sweep_target(sandbox: &Sandbox, kind: &str, mode: &str) -> Result<()> {
+    let target = Target::start(sandbox, kind, &[])?;
+    sweep_leaving_running(sandbox, target.root(), mode, 50, || target.verify())?;
+    target.quit()?;
+    sandbox.end_all()
+}
+
 #[test]
 fn checkpoint_of_twenty_threads() {
-    sandboxed(|sandbox| {
-        let target = Target::start(sandbox, "threads", &[])?;
-        sweep_leaving_running(sandbox, target.root(), "stop", 50, || target.verify())?;
-        target.quit().map(drop)
-    });
+    sandboxed(|sandbox| sweep_target(sandbox, "threads", "stop"));
 }
 
 /// The twins that a killed Limosa leaves end and are reaped.
 #[test]
 fn checkpoint_of_twenty_threads_from_a_twin() {
-    sandboxed(|sandbox| {
-        let target = Target::start(sandbox, "threads", &[])?;
-        sweep_leaving_running(sandbox, target.root(), "twin", 50, || target.verify())?;
-        target.quit().map(drop)
-    });
+    sandboxed(|sandbox| sweep_target(sandbox, "threads", "twin"));
 }
 
 /// Groups, sessions, zombies, orphans, a stopped child.
 #[test]
 fn checkpoint_of_a_tree() {
-    sandboxed(|sandbox| {
-        let target = Target::start(sandbox, "tree", &[])?;
-        sweep_leaving_running(sandbox, target.root(), "twin", 50, || target.verify())?;
-        target.quit()?;
-        sandbox.end_all()
-    });
+    sandboxed(|sandbox| sweep_target(sandbox, "tree", "twin"));
 }
 
 /// A connection over which a counter is incremented, one request after the other, until the test is done.

@@ -118,6 +118,17 @@ fn a_child_in_a_namespace_of_its_own_is_refused() {
     });
 }
 
+/// The sleep(1) that `parent` starts.
+fn sleep_under(parent: &Child) -> Result<Pid> {
+    let children = format!("/proc/{0}/task/{0}/children", parent.id());
+    wait_for("sleep(1)", Duration::from_secs(5), || {
+        let children = std::fs::read_to_string(&children)?;
+        let child = children.split_whitespace().next().and_then(|pid| pid.parse().ok());
+        let command = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        Ok(child.filter(|pid| command(*pid) == "sleep\n").and_then(Pid::from_raw))
+    })
+}
+
 /// `flock FILE PROGRAM` holds the lock, too, and would keep it: the restore once failed for that.
 #[test]
 fn a_lock_that_others_hold_too_is_refused() {
@@ -130,13 +141,7 @@ fn a_lock_that_others_hold_too_is_refused() {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
-        let children = format!("/proc/{0}/task/{0}/children", outsider.id());
-        let root = wait_for("a program under flock", Duration::from_secs(5), || {
-            let children = std::fs::read_to_string(&children)?;
-            let child: Option<i32> = children.split_whitespace().next().and_then(|pid| pid.parse().ok());
-            let command = |pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            Ok(child.filter(|pid| command(*pid) == "sleep\n").and_then(Pid::from_raw))
-        })?;
+        let root = sleep_under(&outsider)?;
         let out = sandbox.path("out");
         let said = limosa::checkpoint(sandbox, root, &out, Source::Ends, &[])?;
         let named = format!("process {} (flock) outside of the tree", outsider.id());
@@ -250,13 +255,7 @@ impl Shown {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()?;
-        let children = format!("/proc/{0}/task/{0}/children", script.id());
-        let program = wait_for("a program on a terminal", Duration::from_secs(5), || {
-            let children = std::fs::read_to_string(&children)?;
-            let child = children.split_whitespace().next().and_then(|pid| pid.parse().ok());
-            let command = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            Ok(child.filter(|pid| command(*pid) == "sleep\n").and_then(Pid::from_raw))
-        })?;
+        let program = sleep_under(&script)?;
         Ok(Self { script, program, terminal: terminal_of(program)? })
     }
 

@@ -99,6 +99,8 @@ pub fn capture(
 ) -> Result<Captured, CaptureError> {
     // There are hundreds of files with settings, and hardly ever does one change: that is not worth a longer freeze.
     let settings = if options.container { settings::of_process(root)? } else { Vec::new() };
+    // Asking a virtual processor takes a moment.
+    let registers = Some(Layout::here());
     let (frozen, listeners) = listeners::freeze(root, options, report)?;
     let views = report.phase("look", |_| views(&frozen))?;
     twin::reap_leftovers(&frozen, &views)?;
@@ -139,7 +141,6 @@ pub fn capture(
     let packet_lock = Some(network::left_behind(root));
     let terminals = terminals.finish(&views);
     let vdso = vdso::own()?.map(|own| own.state.clone());
-    let registers = Some(Layout::here());
     let mut tree =
         Tree { processes, descriptions, shared_objects, terminals, namespaces, vdso, registers, packet_lock };
     report.processes = tree.processes.len();
@@ -279,7 +280,7 @@ fn capture_body(
     for tid in &process.threads {
         let proc = process.proc.task(*tid)?;
         let status = proc.status()?;
-        let own_tid = status.ns_pid.last().copied().unwrap_or(*tid);
+        let own_tid = status.own_pid();
         let thread = ThreadView { process: view, tid: *tid, own_tid, proc, status };
         let mut program = Program::new();
         let process_questions = if *tid == process.pid {
@@ -481,7 +482,7 @@ fn reap_children(parent: i32, children: &[i32]) {
         let proc = ProcDir::open(parent)?;
         let own = |child: &i32| {
             let status = ProcDir::open(*child).and_then(|proc| proc.status());
-            status.ok().and_then(|status| status.ns_pid.last().copied()).unwrap_or(*child)
+            status.map_or(*child, |status| status.own_pid())
         };
         reap_inside(&ProcessView::glance(parent, &proc)?, &children.iter().map(own).collect::<Vec<_>>())
     };

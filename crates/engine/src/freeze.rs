@@ -38,8 +38,8 @@ pub struct FrozenProcess {
 pub struct Frozen {
     /// Parents before children; the first is the root.
     pub processes: Vec<FrozenProcess>,
-    /// Twins that killed checkpoints have left with these processes, as the processes call them, to be reaped.
-    pub(crate) leftovers: Vec<(i32, Vec<i32>)>,
+    /// Twins that killed checkpoints have left, to be reaped: with which process, and as that calls them.
+    pub(crate) leftovers: Vec<(i32, i32)>,
     seized: Vec<i32>,
 }
 
@@ -90,8 +90,7 @@ impl Frozen {
         let cannot_be_stopped = stopped.is_err() || process.threads.is_empty();
         if cannot_be_stopped && parent != 0 && process.proc.stat().is_ok_and(|stat| is_twin(&stat)) {
             // Another checkpoint reads it, or was killed.
-            let own = process.proc.status()?.ns_pid.last().copied().unwrap_or(pid);
-            self.leftovers.push((parent, vec![own]));
+            self.leftovers.push((parent, process.proc.status()?.own_pid()));
             return Ok(());
         }
         stopped?;
@@ -187,9 +186,7 @@ fn stop_threads(seized: &mut Vec<i32>, process: &mut FrozenProcess) -> Result<()
         let mut asked = Vec::with_capacity(fresh.len());
         for tid in fresh {
             if !seized.contains(&tid) {
-                match ptrace::seize(tid, ptrace::Options::TRACE_SYSGOOD | ptrace::Options::SUSPEND_SECCOMP)
-                    .or_else(|_| ptrace::seize(tid, ptrace::Options::TRACE_SYSGOOD))
-                {
+                match seize(tid) {
                     Ok(()) => {}
                     Err(error) if error.is_gone() => continue,
                     Err(error) => return Err(explain_seize(&process.proc, process.pid, tid, error)),
@@ -220,6 +217,12 @@ fn stop_threads(seized: &mut Vec<i32>, process: &mut FrozenProcess) -> Result<()
         }
     }
     Err(CaptureError::Unstable { root: process.pid })
+}
+
+/// Attaches to a thread, whose seccomp filters are not asked meanwhile where we may have that.
+pub(crate) fn seize(tid: i32) -> limosa_kernel::Result<()> {
+    let options = ptrace::Options::TRACE_SYSGOOD;
+    ptrace::seize(tid, options | ptrace::Options::SUSPEND_SECCOMP).or_else(|_| ptrace::seize(tid, options))
 }
 
 pub(crate) struct Settled {

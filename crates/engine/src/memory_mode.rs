@@ -1,7 +1,8 @@
 //! How the memory of a tree is captured, and why so: decided before anything is frozen.
 
-use limosa_kernel::proc::ProcDir;
 use serde::Serialize;
+
+use crate::preflight;
 
 /// How memory is captured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -49,12 +50,7 @@ impl MemoryMode {
 
 /// Bytes of memory that the tree has, about; it may change meanwhile.
 fn resident(root: i32) -> u64 {
-    let (mut tree, mut at, mut pages) = (vec![root], 0, 0);
-    while let Some(pid) = tree.get(at) {
-        at += 1;
-        let Ok(proc) = ProcDir::open(*pid) else { continue };
-        pages += proc.stat().map_or(0, |stat| u64::try_from(stat.resident).unwrap_or(0));
-        tree.extend(proc.children().unwrap_or_default());
-    }
-    pages * PAGE
+    let tree = preflight::members(root).unwrap_or_default();
+    let pages = tree.iter().filter_map(|member| u64::try_from(member.proc.stat().ok()?.resident).ok());
+    pages.sum::<u64>() * PAGE
 }

@@ -115,11 +115,11 @@ pub(crate) fn refuse_foreign_options(view: &DescriptionView) -> Result<(), Captu
     }
 }
 
-/// The network namespace that a socket is in, by device and inode number.
-fn namespace_of(view: &DescriptionView) -> Result<(u64, u64), CaptureError> {
+/// The network namespace that a socket is in, and its device and inode number.
+fn namespace_of(view: &DescriptionView) -> Result<(OwnedFd, (u64, u64)), CaptureError> {
     let namespace = raw::namespace(&view.descriptor)?;
     let stat = rustix::fs::fstat(&namespace).map_err(view.error("fstat of a network namespace"))?;
-    Ok((stat.st_dev, stat.st_ino))
+    Ok((namespace, (stat.st_dev, stat.st_ino)))
 }
 
 /// What must be held while a tree with sockets is frozen.
@@ -166,8 +166,8 @@ impl Network {
         }
         let mut by_namespace: HashMap<(u64, u64), (OwnedFd, Vec<&DescriptionView>)> = HashMap::new();
         for view in found.iter().filter(|view| is_connected(view)) {
-            let namespace = raw::namespace(&view.descriptor)?;
-            by_namespace.entry(namespace_of(view)?).or_insert((namespace, Vec::new())).1.push(view);
+            let (namespace, id) = namespace_of(view)?;
+            by_namespace.entry(id).or_insert((namespace, Vec::new())).1.push(view);
         }
         for (namespace, views) in by_namespace.into_values() {
             let mut addresses = Vec::with_capacity(views.len());
@@ -225,7 +225,7 @@ impl Network {
 
     /// The multicast groups of all interfaces of the namespace that a socket is in, listed once.
     pub(crate) fn groups(&mut self, view: &DescriptionView) -> Result<&[Group], CaptureError> {
-        match self.groups.entry(namespace_of(view)?) {
+        match self.groups.entry(namespace_of(view)?.1) {
             Entry::Occupied(listed) => Ok(listed.into_mut()),
             Entry::Vacant(place) => Ok(place.insert(multicast::groups(&view.descriptor)?)),
         }
@@ -233,7 +233,7 @@ impl Network {
 
     /// Refuses an internet socket that has what no restore can give it, or that is in another network namespace than its process.
     pub(crate) fn refuse_foreign(&mut self, view: &DescriptionView) -> Result<(), CaptureError> {
-        let namespace = namespace_of(view)?;
+        let (_, namespace) = namespace_of(view)?;
         let home = view.process.proc.ns_id(NsKind::Net)?;
         if namespace != (home.dev, home.ino) {
             let reason = "it was made in another network namespace than its process is in";

@@ -34,8 +34,8 @@ const MOMENT: Duration = Duration::from_millis(20);
 
 /// A process of the tree.
 pub(crate) struct Member {
-    pid: i32,
-    parent: i32,
+    pub(crate) pid: i32,
+    pub(crate) parent: i32,
     pub(crate) proc: ProcDir,
 }
 

@@ -11,7 +11,7 @@
 //! wait(2) does not see it. If Limosa dies, the kernel detaches the twin, which then ends. What it leaves is a zombie that
 //! only its parent can reap: `limosa guard` has it reaped, or the next checkpoint.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -23,9 +23,10 @@ use limosa_puppet::{Program, ProgramError, Visit, step_out_of_stub};
 
 use crate::checkpoint::{locate_vdso, reap_inside};
 use crate::error::CaptureError;
-use crate::freeze::{Frozen, settle};
+use crate::freeze::{Frozen, seize, settle};
 use crate::memory::{self, Way};
 use crate::memory_mode::MemoryMode;
+use crate::preflight;
 use crate::report::Report;
 use crate::resources::mapping::MappingState;
 use crate::resources::registers;
@@ -83,14 +84,14 @@ impl Twin {
         let call = program.fork("fork a twin", arguments, 64, child);
         let foreign = ForeignMemory::open(view.pid)?;
         let vdso = locate_vdso(view, &foreign)?;
-        trace_births(view.pid, true)?;
+        trace(view.pid, Options::TRACE_CLONE)?;
         let caught = view.status.signals.caught;
         let mut visit = Visit::begin(view.pid, view.pid, vdso, &foreign, caught, program.size())?;
         let outcome = visit.run(program);
         let born = visit.born().first().map(|pid| Self::begin(*pid, view.pid)).transpose();
         let (outcome, born) = (outcome?, born?);
         visit.end()?;
-        trace_births(view.pid, false)?;
+        trace(view.pid, Options::empty())?;
         match (outcome.result(call), born) {
             (Ok(_), Some(twin)) => Ok(Ok(twin)),
             (Err(ProgramError::Call { source, .. }), _) => Ok(Err(source)),
@@ -105,11 +106,9 @@ impl Twin {
             WaitStatus::Stopped { .. } => {}
             WaitStatus::Exited(_) | WaitStatus::Killed(_) => return Err(CaptureError::Ended { pid }),
         }
-        let own_pid = ProcDir::open(pid)?.status()?.ns_pid.last().copied().unwrap_or(pid);
+        let own_pid = ProcDir::open(pid)?.status()?.own_pid();
         let twin = Self { pid, own_pid, parent, state: Stage::Leaving };
-        let options = Options::TRACE_EXIT | Options::TRACE_SYSGOOD;
-        ptrace::set_options(pid, options | Options::SUSPEND_SECCOMP)
-            .or_else(|_| ptrace::set_options(pid, options))?;
+        trace(pid, Options::TRACE_EXIT)?;
         ptrace::resume(pid, 0)?;
         Ok(twin)
     }
@@ -159,9 +158,9 @@ impl Drop for Twin {
     }
 }
 
-fn trace_births(tid: i32, on: bool) -> Result<(), CaptureError> {
-    let births = if on { Options::TRACE_CLONE } else { Options::empty() };
-    let options = Options::TRACE_SYSGOOD | births;
+/// Has a thread that is attached tell of `events`; otherwise it stays attached as [`seize`] does it.
+fn trace(tid: i32, events: Options) -> Result<(), CaptureError> {
+    let options = Options::TRACE_SYSGOOD | events;
     Ok(ptrace::set_options(tid, options | Options::SUSPEND_SECCOMP)
         .or_else(|_| ptrace::set_options(tid, options))?)
 }
@@ -169,10 +168,7 @@ fn trace_births(tid: i32, on: bool) -> Result<(), CaptureError> {
 /// Has a running process reap `children`, twins that have ended: its first thread stops for a moment, and is in no stub of a
 /// killed checkpoint afterwards.
 fn reap(parent: i32, children: &[i32]) -> Result<(), CaptureError> {
-    let options = Options::TRACE_SYSGOOD;
-    match ptrace::seize(parent, options | Options::SUSPEND_SECCOMP)
-        .or_else(|_| ptrace::seize(parent, options))
-    {
+    match seize(parent) {
         // Then they have another parent, which reaps whoever comes to it.
         Err(error) if error.is_gone() => return Ok(()),
         seized => seized?,
@@ -297,9 +293,9 @@ impl Remainder {
 
 /// Has frozen processes reap what killed checkpoints have left with them.
 pub(crate) fn reap_leftovers(frozen: &Frozen, views: &[ProcessView]) -> Result<(), CaptureError> {
-    for (parent, children) in &frozen.leftovers {
+    for (parent, child) in &frozen.leftovers {
         if let Some(view) = views.iter().find(|view| view.pid == *parent) {
-            reap_inside(view, children)?;
+            reap_inside(view, &[*child])?;
         }
     }
     Ok(())
@@ -312,32 +308,33 @@ pub fn sweep(root: i32) -> Result<(), CaptureError> {
     // One that was about to fork when Limosa died will still do it, unless it is known to have left the stub.
     let mut out_of_stub = HashSet::new();
     loop {
-        let (mut waiting, mut failed, mut at) = (false, None, 0);
-        let mut tree = vec![root];
-        while let Some(parent) = tree.get(at).copied() {
-            at += 1;
-            let mut ended = Vec::new();
-            for child in if_there(ProcDir::open(parent).and_then(|proc| proc.children()))?.unwrap_or_default()
-            {
-                let looked = ProcDir::open(child).and_then(|proc| Ok((proc.stat()?, proc.status()?)));
-                let Some((stat, status)) = if_there(looked)? else { continue };
-                match (is_twin(&stat), status.state) {
+        let (mut waiting, mut failed) = (false, None);
+        // Twins that have ended, by the parents that may have some.
+        let mut ended: HashMap<i32, Vec<i32>> = HashMap::new();
+        for member in preflight::members(root).or_else(|error| if_gone(error, Vec::new()))? {
+            let looked = member.proc.stat().and_then(|stat| Ok(Some((stat, member.proc.status()?))));
+            let Some((stat, status)) =
+                looked.map_err(CaptureError::from).or_else(|error| if_gone(error, None))?
+            else {
+                continue;
+            };
+            match (is_twin(&stat), status.state) {
+                (true, TaskState::Zombie) => ended.entry(member.parent).or_default().push(status.own_pid()),
+                (true, _) => waiting = true,
+                (false, TaskState::Zombie) => {}
+                (false, _) => {
                     // Perhaps one that has not got its name yet: before, it has nothing to do but to take it.
-                    (false, state) if stat.exit_signal == 0 && state != TaskState::Zombie => {
-                        waiting |= begun.elapsed() < NAMELESS;
-                        tree.push(child);
-                    }
-                    (false, TaskState::Zombie) => {}
-                    (false, _) => tree.push(child),
-                    (true, TaskState::Zombie) => ended.push(status.ns_pid.last().copied().unwrap_or(child)),
-                    (true, _) => waiting = true,
+                    waiting |= stat.exit_signal == 0 && member.pid != root && begun.elapsed() < NAMELESS;
+                    ended.entry(member.pid).or_default();
                 }
             }
-            if !ended.is_empty() || !out_of_stub.contains(&parent) {
+        }
+        for (parent, children) in ended {
+            if !children.is_empty() || !out_of_stub.contains(&parent) {
                 // The killed checkpoint may still be tracing them, or the parent: its files are closed before its tracees are
                 // let go. So this is over only when there is no twin left to be seen.
                 waiting = true;
-                match reap(parent, &ended) {
+                match reap(parent, &children) {
                     Ok(()) => drop(out_of_stub.insert(parent)),
                     Err(error) => failed = Some(error),
                 }
@@ -350,11 +347,10 @@ pub fn sweep(root: i32) -> Result<(), CaptureError> {
     }
 }
 
-/// What was seen of a process, or nothing if it has ended meanwhile.
-fn if_there<T>(seen: limosa_kernel::Result<T>) -> limosa_kernel::Result<Option<T>> {
-    match seen {
-        Ok(seen) => Ok(Some(seen)),
-        Err(error) if error.is_gone() => Ok(None),
-        Err(error) => Err(error),
+/// `otherwise`, if what was looked at has ended meanwhile.
+fn if_gone<T>(error: CaptureError, otherwise: T) -> Result<T, CaptureError> {
+    match error {
+        CaptureError::Kernel(error) if error.is_gone() => Ok(otherwise),
+        error => Err(error),
     }
 }

@@ -32,7 +32,7 @@ impl<'a> ProcessView<'a> {
         let zombie = status.state == TaskState::Zombie;
         Ok(Self {
             pid,
-            own_pid: status.ns_pid.last().copied().unwrap_or(pid),
+            own_pid: status.own_pid(),
             proc,
             stat: proc.stat()?,
             mappings: if zombie { Vec::new() } else { proc.smaps()? },
@@ -46,7 +46,7 @@ impl<'a> ProcessView<'a> {
     /// What takes less time to see: without the kernel's flags of mappings.
     pub(crate) fn glance(pid: i32, proc: &'a ProcDir) -> limosa_kernel::Result<Self> {
         let status = proc.status()?;
-        let own_pid = status.ns_pid.last().copied().unwrap_or(pid);
+        let own_pid = status.own_pid();
         Ok(Self {
             pid,
             own_pid,

@@ -107,6 +107,19 @@ struct Done {
     report: Report,
 }
 
+/// A checkpoint that is being written.
+struct Writing {
+    writer: CheckpointWriter,
+    signals: Option<&'static Signals>,
+    meta: Meta,
+}
+
+impl Writing {
+    fn watched(&mut self) -> Watched<'_> {
+        Watched::new(&mut self.writer, self.signals)
+    }
+}
+
 impl Checkpoint {
     /// Makes the checkpoint.
     pub fn execute(self, context: &Context) -> Outcome {
@@ -154,9 +167,13 @@ impl Checkpoint {
         MemoryMode::choose(self.mode.map(Into::into), root, self.leave_running)
     }
 
-    fn writer(&self) -> anyhow::Result<CheckpointWriter> {
-        CheckpointWriter::create(&self.out)
-            .with_context(|| format!("cannot make the checkpoint {}", self.out.display()))
+    /// Begins to write, before anything is frozen.
+    fn begin(&self) -> anyhow::Result<Writing> {
+        let signals = watched::hold_back();
+        let meta = Meta::new(kernel_release(), processor::features()?);
+        let writer = CheckpointWriter::create(&self.out)
+            .with_context(|| format!("cannot make the checkpoint {}", self.out.display()))?;
+        Ok(Writing { writer, signals, meta })
     }
 
     fn process_tree(
@@ -174,12 +191,11 @@ impl Checkpoint {
         let options = checkpoint::Options { leaves_running, memory, ..self.carrying.of_process_tree()? };
         Refusals::check(report.phase("pre-flight", |_| preflight::look(root, &options))?)?;
         let _guard = guarded.then(|| Posted::over_tree(context, root)).transpose()?;
-        let signals = watched::hold_back();
-        let mut writer = self.writer()?;
-        let mut watched = Watched::new(&mut writer, signals);
+        let mut writing = self.begin()?;
+        let mut watched = writing.watched();
         let captured = checkpoint::capture(root, &mut watched, &options, report);
         let captured = watched.conclude(captured)?;
-        self.conclude((writer, signals), captured, report, Captured::release, Captured::end)
+        self.conclude(writing, captured, report, Captured::release, Captured::end)
     }
 
     fn container(
@@ -194,12 +210,11 @@ impl Checkpoint {
         let memory = self.memory(source.pid());
         let source = source.stored(memory);
         let _guard = Posted::new(context, Some(name))?;
-        let signals = watched::hold_back();
-        let mut writer = self.writer()?;
-        let mut watched = Watched::new(&mut writer, signals);
+        let mut writing = self.begin()?;
+        let mut watched = writing.watched();
         let captured = source.capture(&registry, &mut watched, report);
         let captured = watched.conclude(captured)?;
-        self.conclude((writer, signals), captured, report, CapturedContainer::release, |captured| {
+        self.conclude(writing, captured, report, CapturedContainer::release, |captured| {
             captured.end(&registry)
         })
     }
@@ -209,23 +224,22 @@ impl Checkpoint {
     /// Returns what was committed, and microseconds from the start until the source ran on or had ended.
     fn conclude<C, E: std::error::Error + Send + Sync + 'static>(
         &self,
-        (mut writer, signals): (CheckpointWriter, Option<&'static Signals>),
+        mut writing: Writing,
         captured: C,
         report: &mut Report,
         release: impl FnOnce(C) -> Result<Remainder, E>,
         end: impl FnOnce(C) -> Result<(), E>,
     ) -> Result<(Committed, u64), Failure> {
-        let meta = Meta::new(kernel_release(), processor::features()?);
         if self.leave_running {
             let mut remainder = release(captured)?;
             let ran_on_us = report.elapsed_us();
-            let mut watched = Watched::new(&mut writer, signals);
+            let mut watched = writing.watched();
             let copied = remainder.copy_out(&mut watched, report);
             watched.conclude(copied)?;
             drop(remainder);
-            return Ok((report.phase("commit", |_| writer.commit(meta))?, ran_on_us));
+            return Ok((report.phase("commit", |_| writing.writer.commit(writing.meta))?, ran_on_us));
         }
-        let committed = report.phase("commit", |_| writer.commit(meta))?;
+        let committed = report.phase("commit", |_| writing.writer.commit(writing.meta))?;
         report.phase("end", |_| end(captured))?;
         Ok((committed, report.elapsed_us()))
     }

@@ -115,11 +115,7 @@ fn stop_threads(pid: i32, threads: &[Thread]) -> Result<Vec<Actor<'_>>, RestoreE
     let proc = ProcDir::open(pid)?;
     let mut actors = Vec::with_capacity(threads.len());
     for tid in proc.tasks()? {
-        let own = if threads.len() == 1 {
-            threads[0].tid
-        } else {
-            proc.task(tid)?.status()?.ns_pid.last().copied().unwrap_or(tid)
-        };
+        let own = if threads.len() == 1 { threads[0].tid } else { proc.task(tid)?.status()?.own_pid() };
         let thread = threads.iter().find(|thread| thread.tid == own).ok_or_else(|| {
             RestoreError::inconsistent(format!("process {pid} has a thread {own} too many"))
         })?;

@@ -96,6 +96,11 @@ pub struct Status {
 }
 
 impl Status {
+    /// The thread's ID as it knows it itself: in its own PID namespace.
+    pub fn own_pid(&self) -> i32 {
+        self.ns_pid.last().copied().unwrap_or(self.pid)
+    }
+
     /// Parses the file. Lines this version does not know are skipped.
     pub fn parse(file: &[u8]) -> Parsed<Self> {
         let lines = Lines::of(file);
