@@ -1,5 +1,7 @@
 //! How the memory of a tree is captured, and why so: decided before anything is frozen.
 
+use std::fmt;
+
 use serde::Serialize;
 
 use crate::preflight;
@@ -13,6 +15,17 @@ pub enum Mode {
     Stop,
     /// Every process forks, and runs on while its twin is read. Only for a source that runs on.
     Twin,
+}
+
+impl fmt::Display for MemoryMode {
+    /// `twin: 1024 MiB are stored while the source runs on`
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mode = match self.mode {
+            Mode::Stop => "stop",
+            Mode::Twin => "twin",
+        };
+        write!(f, "{mode}: {}", self.reason)
+    }
 }
 
 /// With less memory, in bytes, twins do not pay: it is stored in a few milliseconds.

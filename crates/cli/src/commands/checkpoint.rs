@@ -151,8 +151,10 @@ impl Checkpoint {
             times,
             report,
         };
+        let memory = done.report.memory.as_ref();
+        let memory = memory.map_or_else(String::new, |memory| format!("  memory by {memory}\n"));
         let text = format!(
-            "{}: {} processes, {} threads, {}\n{}",
+            "{}: {} processes, {} threads, {}\n{memory}{}",
             done.checkpoint.display(),
             done.report.processes,
             done.report.threads,
