@@ -305,13 +305,23 @@ fn a_pid_that_was_used_again_is_not_the_container() {
     let config = config("reused", &["true"]);
     let started = run(&host.registry, &config).expect("a container");
     started.process.wait().expect("an end");
+    // Processes are told apart by when they started, in ticks of 10 ms. A PID cannot be used again within one, but this
+    // test once was: its own process had started in the same tick as the container's.
+    std::thread::sleep(Duration::from_millis(30));
+    let mut other = std::process::Command::new("sleep").arg("60").spawn().expect("another process");
     let mut record = started.record;
     let init = record.init.as_mut().expect("a first process");
-    // As if the PID were now another process's: this one's.
-    init.pid = std::process::id() as i32;
+    // As if the PID were now the other process's.
+    init.pid = other.id() as i32;
     host.registry.save(&record).expect("saved");
-    assert_eq!(host.registry.load(&config.name).expect("a record").running(), None);
-    stop(&host.registry, &config.name, PATIENCE).expect("nothing is killed");
+    let running = host.registry.load(&config.name).map(|record| record.running());
+    let stopped = stop(&host.registry, &config.name, PATIENCE);
+    let survived = other.try_wait().expect("its state").is_none();
+    other.kill().expect("a signal");
+    other.wait().expect("an end");
+    assert_eq!(running.expect("a record"), None);
+    stopped.expect("nothing is killed");
+    assert!(survived, "the other process was ended");
     remove(&host.registry, &config.name, false).expect("removed");
     host.assert_clean();
 }
