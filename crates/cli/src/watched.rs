@@ -167,6 +167,11 @@ impl Sink for Watched<'_> {
         self.sink.pages(space, start, data)
     }
 
+    fn forget(&mut self, space: SpaceId, start: u64, length: u64) -> Result<(), WriteError> {
+        self.check()?;
+        self.sink.forget(space, start, length)
+    }
+
     fn blob(&mut self, name: &str, content: &mut dyn Read) -> Result<u64, WriteError> {
         self.check()?;
         let mut content = Interruptible { content, signals: self.signals, interrupted: None };

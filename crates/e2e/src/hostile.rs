@@ -137,6 +137,10 @@ impl Sink for Replacing<'_> {
         self.writer.pages(space, start, data)
     }
 
+    fn forget(&mut self, space: SpaceId, start: u64, length: u64) -> Result<(), WriteError> {
+        self.writer.forget(space, start, length)
+    }
+
     fn blob(&mut self, name: &str, content: &mut dyn Read) -> Result<u64, WriteError> {
         self.writer.blob(name, content)
     }

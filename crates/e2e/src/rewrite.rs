@@ -39,6 +39,11 @@ impl Sink for Parts {
         Ok(())
     }
 
+    fn forget(&mut self, space: SpaceId, start: u64, length: u64) -> Result<(), WriteError> {
+        self.pages.retain(|(owner, at), _| *owner != space || *at < start || *at - start >= length);
+        Ok(())
+    }
+
     fn blob(&mut self, _: &str, content: &mut dyn Read) -> Result<u64, WriteError> {
         Ok(std::io::copy(content, &mut std::io::sink()).unwrap_or(0))
     }

@@ -254,6 +254,10 @@ impl Sink for Nowhere {
         Ok(())
     }
 
+    fn forget(&mut self, _: SpaceId, _: u64, _: u64) -> Result<(), WriteError> {
+        Ok(())
+    }
+
     fn blob(&mut self, _: &str, _: &mut dyn Read) -> Result<u64, WriteError> {
         Ok(0)
     }

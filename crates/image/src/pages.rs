@@ -7,6 +7,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use limosa_kernel::fault;
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 
 use crate::error::WriteError;
 use crate::index::{CHUNK, Extent, Index, MAX_INDEX, SpaceId};
@@ -115,6 +117,54 @@ impl PageStore {
         Ok(())
     }
 
+    /// Takes pages out again; those that are not there need not be.
+    pub(crate) fn forget(&mut self, space: SpaceId, start: u64, length: u64) -> Result<(), WriteError> {
+        check_pages(space, start, usize::try_from(length).unwrap_or(usize::MAX))?;
+        let end = start + length;
+        let before = self.pieces.range(..(space, start)).next_back();
+        let before = before.filter(|((owner, at), piece)| *owner == space && at + piece.length > start);
+        let first = before.map_or(start, |((_, at), _)| *at);
+        let hit: Vec<u64> = self.pieces.range((space, first)..(space, end)).map(|((_, at), _)| *at).collect();
+        for at in hit {
+            let Some(piece) = self.pieces.remove(&(space, at)) else { continue };
+            let (from, to) = (start.max(at) - at, (end - at).min(piece.length));
+            let (next, rest) = (piece.offset + from, to - from);
+            self.keep(space, at, &piece, 0, from);
+            // What begins within a chunk has no checksum of its own; the chunks behind it keep theirs.
+            let whole = to.next_multiple_of(CHUNK).min(piece.length);
+            self.keep(space, at, &piece, to, whole);
+            self.keep(space, at, &piece, whole, piece.length);
+            self.flush()?;
+            clear(&self.file, &self.path, next, rest)?;
+        }
+        Ok(())
+    }
+
+    /// Puts the bytes from `from` to `to` of a piece that began at `start` back, as a piece of their own. It begins with a
+    /// chunk of the old one, or lies within one.
+    fn keep(&mut self, space: SpaceId, start: u64, old: &Piece, from: u64, to: u64) {
+        if from >= to {
+            return;
+        }
+        let (key, length) = ((space, start + from), to - from);
+        let first = from / CHUNK;
+        let count = length.div_ceil(CHUNK);
+        let checksums = old.checksums[first as usize..][..count as usize].to_vec();
+        let was_stale: Vec<u64> = self
+            .stale
+            .range((space, start, first)..(space, start, first + count))
+            .map(|stale| stale.2)
+            .collect();
+        for chunk in was_stale {
+            self.stale.insert((key.0, key.1, chunk - first));
+        }
+        // A chunk that lost a part of it, at either end.
+        if !from.is_multiple_of(CHUNK) || !to.is_multiple_of(CHUNK) && to < old.length {
+            self.stale.insert((key.0, key.1, count - 1));
+        }
+        self.pieces.insert(key, Piece { length, offset: old.offset + from, checksums });
+    }
+
     fn write(&mut self, data: &[u8]) -> Result<(), WriteError> {
         if data.len() >= DIRECT {
             self.flush()?;
@@ -142,12 +192,15 @@ impl PageStore {
         for (space, start, chunk) in std::mem::take(&mut self.stale) {
             let Some(piece) = self.pieces.get_mut(&(space, start)) else { continue };
             let at = chunk * CHUNK;
-            let bytes = &mut buffer[..(piece.length - at).min(CHUNK) as usize];
+            let bytes = &mut buffer[..piece.length.saturating_sub(at).min(CHUNK) as usize];
             let offset = piece.offset + at;
             self.file
                 .read_exact_at(bytes, offset)
                 .map_err(|error| WriteError::io("pread", &self.path, offset, error))?;
-            piece.checksums[chunk as usize] = crc32c::crc32c(bytes);
+            // Of a piece that was shortened, or has made room for another one, nothing is left of some chunks.
+            if let Some(checksum) = piece.checksums.get_mut(chunk as usize) {
+                *checksum = crc32c::crc32c(bytes);
+            }
         }
         Ok(())
     }
@@ -186,6 +239,25 @@ impl Piece {
             data = later;
         }
     }
+}
+
+/// Makes `length` bytes at `offset` zeros, by a hole where the filesystem has them.
+fn clear(file: &File, path: &Path, offset: u64, length: u64) -> Result<(), WriteError> {
+    fault::point();
+    let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match rustix::fs::fallocate(file, how, offset, length) {
+        Ok(()) => return Ok(()),
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+        Err(error) => return Err(WriteError::io("fallocate", path, offset, error)),
+    }
+    let zeros = vec![0; length.min(CHUNK) as usize];
+    let mut at = 0;
+    while at < length {
+        let part = (length - at).min(CHUNK);
+        write_at(file, path, offset + at, &zeros[..part as usize])?;
+        at += part;
+    }
+    Ok(())
 }
 
 /// Writes all of `data` at `offset`; a full filesystem is told with what was written before.

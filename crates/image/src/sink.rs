@@ -24,6 +24,10 @@ pub trait Sink {
     /// Calls that continue the one before become one extent. Pages given again replace the former ones.
     fn pages(&mut self, space: SpaceId, start: u64, data: &[u8]) -> Result<(), WriteError>;
 
+    /// Takes pages that were given before out again, and need not have been: they are not in the checkpoint, unless they are
+    /// given once more.
+    fn forget(&mut self, space: SpaceId, start: u64, length: u64) -> Result<(), WriteError>;
+
     /// Adds the blob `name` with everything that `content` yields; returns its length in bytes.
     fn blob(&mut self, name: &str, content: &mut dyn Read) -> Result<u64, WriteError>;
 }

@@ -73,6 +73,10 @@ impl Sink for Staging {
         self.pages.add(space, start, data)
     }
 
+    fn forget(&mut self, space: SpaceId, start: u64, length: u64) -> Result<(), WriteError> {
+        self.pages.forget(space, start, length)
+    }
+
     fn blob(&mut self, name: &str, content: &mut dyn Read) -> Result<u64, WriteError> {
         claim_name(&mut self.blob_names, "blob", name)?;
         let file = match &mut self.blob_file {

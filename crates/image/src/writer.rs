@@ -199,6 +199,11 @@ impl Sink for CheckpointWriter {
         pages.add(space, start, data)
     }
 
+    fn forget(&mut self, space: SpaceId, start: u64, length: u64) -> Result<(), WriteError> {
+        let Some(pages) = &mut self.pages else { unreachable!("only commit takes it") };
+        pages.forget(space, start, length)
+    }
+
     fn blob(&mut self, name: &str, content: &mut dyn Read) -> Result<u64, WriteError> {
         claim_name(&mut self.blob_names, "blob", name)?;
         let path = self.path.join(BLOBS).join(name);

@@ -24,5 +24,6 @@ pub mod sysv;
 pub mod task;
 pub mod terminal;
 pub mod timer;
+pub mod userfaultfd;
 
 pub use error::{Error, Result};

@@ -109,6 +109,15 @@ impl Filter {
         ..Self::OWN_DATA
     };
 
+    /// Pages of a private mapping's own that were not written since they were write-protected under `WP_ASYNC`. Of a
+    /// mapping that is not watched there are none.
+    pub const OWN_CLEAN: Self = Self {
+        all_of: Categories::WP_ALLOWED,
+        none_of: Self::OWN_DATA.none_of.union(Categories::WRITTEN),
+        report: Categories::empty(),
+        ..Self::OWN_DATA
+    };
+
     /// Pages of a shared mapping, written through this mapping since they were write-protected under
     /// `WP_ASYNC`.
     pub const SHARED_WRITTEN: Self =
@@ -215,6 +224,16 @@ impl PagemapScanner {
         runs: &mut Vec<PageRun>,
     ) -> Result<()> {
         self.scan_with(u64::from(PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC), range, filter, runs)
+    }
+
+    /// The same for a range of any mappings: those that no userfaultfd watches are passed over, and not reported.
+    pub fn take_written(
+        &mut self,
+        range: Range<u64>,
+        filter: &Filter,
+        runs: &mut Vec<PageRun>,
+    ) -> Result<()> {
+        self.scan_with(u64::from(PM_SCAN_WP_MATCHING), range, filter, runs)
     }
 
     /// The pages of `range` that hold data of the process's own, for a range of private mappings: present or

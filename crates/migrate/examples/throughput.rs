@@ -24,6 +24,10 @@ impl Sink for Drain {
         Ok(())
     }
 
+    fn forget(&mut self, _space: SpaceId, _start: u64, _length: u64) -> Result<(), WriteError> {
+        Ok(())
+    }
+
     fn blob(&mut self, name: &str, content: &mut dyn Read) -> Result<u64, WriteError> {
         let failed = |source| WriteError::Content { name: name.to_owned(), source };
         std::io::copy(content, &mut std::io::sink()).map_err(failed)

@@ -10,7 +10,7 @@ use crate::link::Link;
 use crate::message::{self, Blob, BlobEnd, End, State, printable};
 use crate::progress::{Phase, Progress, Watch};
 use crate::session::{self, PeerError};
-use crate::totals::{Totals, split_pages};
+use crate::totals::{Totals, split_gone, split_pages};
 
 /// Progress is told about every so many bytes.
 const TELL_EVERY: u64 = 1 << 20;
@@ -62,6 +62,7 @@ pub(crate) fn receive(link: &Link, sink: &mut dyn Sink, watch: &mut Watch<'_>) -
         match frame.kind {
             Kind::State => intake.state(&frame, sink)?,
             Kind::Pages => intake.pages(frame, sink)?,
+            Kind::Gone => intake.gone(&frame, sink)?,
             Kind::Blob => intake.blob(&frame, sink)?,
             _ => return intake.end(&frame),
         }
@@ -121,6 +122,12 @@ impl Intake<'_, '_> {
         self.totals.memory_bytes += data.len() as u64;
         self.link.recycle(frame.payload);
         Ok(())
+    }
+
+    fn gone(&mut self, frame: &Frame, sink: &mut dyn Sink) -> Result<(), ReceiveError> {
+        let (space, start, length) =
+            split_gone(&frame.payload).ok_or(ContentError::Pages { length: frame.payload.len() })?;
+        Ok(sink.forget(SpaceId(space), start, length)?)
     }
 
     fn blob(&mut self, frame: &Frame, sink: &mut dyn Sink) -> Result<(), ReceiveError> {

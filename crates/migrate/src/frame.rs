@@ -75,10 +75,12 @@ pub enum Kind {
     Ask = 21,
     /// Destination: this.
     Answer = 22,
+    /// Source: memory that was sent before is not there any more. Since version 2.
+    Gone = 23,
 }
 
 impl Kind {
-    const ALL: [Self; 22] = [
+    const ALL: [Self; 23] = [
         Self::Hello,
         Self::Offer,
         Self::Accept,
@@ -101,6 +103,7 @@ impl Kind {
         Self::Echo,
         Self::Ask,
         Self::Answer,
+        Self::Gone,
     ];
 
     /// The kind with this number on the wire.
@@ -114,6 +117,7 @@ impl Kind {
             Self::StateData | Self::BlobData => MAX_DATA,
             Self::Pages => MAX_DATA + PAGES_HEAD,
             Self::Beat | Self::Echo => 8,
+            Self::Gone => PAGES_HEAD + 8,
             _ => MAX_CONTROL,
         }
     }
@@ -122,7 +126,13 @@ impl Kind {
     pub fn is_content(self) -> bool {
         matches!(
             self,
-            Self::State | Self::StateData | Self::Pages | Self::Blob | Self::BlobData | Self::BlobEnd
+            Self::State
+                | Self::StateData
+                | Self::Pages
+                | Self::Gone
+                | Self::Blob
+                | Self::BlobData
+                | Self::BlobEnd
         )
     }
 }

@@ -101,6 +101,8 @@ pub(crate) struct Link {
     limits: Limits,
     began: Instant,
     name: String,
+    /// The version of the protocol that is spoken; 0 before the greeting.
+    pub(crate) version: u32,
     /// Dropped after both halves are closed, which is how it knows that it is over.
     carrier: Option<Box<dyn Carrier>>,
 }
@@ -144,6 +146,7 @@ impl Link {
             limits: limits.clone(),
             began,
             name,
+            version: 0,
             carrier,
         }
     }

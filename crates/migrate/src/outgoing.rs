@@ -19,8 +19,9 @@ use crate::outcome::{Connect, Outcome, ask_until_known, remember};
 use crate::progress::{Counters, Phase, Progress, Watch};
 use crate::record::{Departure, DepartureRecord, RecordError, Store};
 use crate::session::{self, PeerError};
-use crate::totals::{Totals, pages_head};
+use crate::totals::{Totals, gone, pages_head};
 use crate::transport::Transport;
+use crate::version::SENDS_AGAIN;
 
 /// Progress is told about every so many bytes.
 const TELL_EVERY: u64 = 1 << 20;
@@ -141,6 +142,11 @@ impl<'w> Outgoing<'w, Negotiating> {
 }
 
 impl<'w> Outgoing<'w, Sending> {
+    /// Whether the destination takes memory that is sent again, and may be gone again ([`Sink::forget`]).
+    pub fn sends_again(&self) -> bool {
+        self.link.version >= SENDS_AGAIN
+    }
+
     /// Says that everything was sent, and waits until the destination has built it.
     pub fn finish(mut self) -> Result<Outgoing<'w, Ready>, FinishError> {
         self.heard()?;
@@ -221,6 +227,11 @@ impl Sink for Outgoing<'_, Sending> {
         }
         let what = || format!("{length} bytes of memory at {start:#x}");
         self.send_pages(space, start, data).map_err(|error| lost(what())(error))
+    }
+
+    fn forget(&mut self, space: SpaceId, start: u64, length: u64) -> Result<(), WriteError> {
+        self.content(Kind::Gone, &[&gone(space.0, start, length)])
+            .map_err(lost(format!("that {length} bytes of memory at {start:#x} are gone")))
     }
 
     fn blob(&mut self, name: &str, content: &mut dyn Read) -> Result<u64, WriteError> {

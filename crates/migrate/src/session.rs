@@ -101,6 +101,7 @@ pub(crate) fn greet_as(transport: Transport, limits: &Limits, ours: VersionRange
         return Err(PeerError::NoCommonVersion { ours, theirs: theirs.versions, software });
     };
     tracing::debug!(connection = link.name(), version, peer = %printable(&theirs.software), "greeted");
+    link.version = version;
     link.start_pulse();
     Ok(link)
 }

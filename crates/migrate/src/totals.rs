@@ -36,6 +36,26 @@ impl Totals {
     }
 }
 
+/// The payload of a `Gone` message.
+pub(crate) fn gone(space: u32, start: u64, length: u64) -> [u8; PAGES_HEAD + 8] {
+    let mut payload = [0; PAGES_HEAD + 8];
+    payload[..PAGES_HEAD].copy_from_slice(&pages_head(space, start));
+    payload[PAGES_HEAD..].copy_from_slice(&length.to_le_bytes());
+    payload
+}
+
+/// Space, start address and length of a `Gone` payload: whole pages, at least one, below the end of the address space.
+pub(crate) fn split_gone(payload: &[u8]) -> Option<(u32, u64, u64)> {
+    let (head, length) = payload.split_first_chunk::<PAGES_HEAD>()?;
+    let length = u64::from_le_bytes(length.try_into().ok()?);
+    let (space, rest) = head.split_first_chunk::<4>()?;
+    let (reserved, start) = rest.split_first_chunk::<4>()?;
+    let start = u64::from_le_bytes(start.try_into().ok()?);
+    let whole = start.is_multiple_of(PAGE) && length.is_multiple_of(PAGE) && length > 0;
+    let good = whole && *reserved == [0; 4] && start.checked_add(length).is_some();
+    good.then_some((u32::from_le_bytes(*space), start, length))
+}
+
 /// The head of a `Pages` payload.
 pub(crate) fn pages_head(space: u32, start: u64) -> [u8; PAGES_HEAD] {
     let mut head = [0; PAGES_HEAD];

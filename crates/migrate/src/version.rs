@@ -10,8 +10,11 @@
 
 use std::fmt;
 
+/// The first version in which memory may be sent again, and be gone again ([`crate::frame::Kind::Gone`]): what pre-copy needs.
+pub const SENDS_AGAIN: u32 = 2;
+
 /// The versions that this build speaks.
-pub const SPOKEN: VersionRange = VersionRange { lowest: 1, highest: 1 };
+pub const SPOKEN: VersionRange = VersionRange { lowest: 1, highest: 2 };
 
 /// A range of protocol versions, both ends included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

@@ -60,6 +60,11 @@ impl Sink for Content {
         Ok(())
     }
 
+    fn forget(&mut self, space: SpaceId, start: u64, length: u64) -> Result<(), WriteError> {
+        self.pages.retain(|(owner, at), _| *owner != space.0 || *at < start || *at - start >= length);
+        Ok(())
+    }
+
     fn blob(&mut self, name: &str, content: &mut dyn Read) -> Result<u64, WriteError> {
         let mut bytes = Vec::new();
         content
