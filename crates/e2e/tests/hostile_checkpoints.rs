@@ -38,6 +38,7 @@ hostile! {
     events: "events";
     files: "files";
     unix_sockets: "sockets-unix";
+    descriptors_in_flight: "in-flight";
     shared_memory: "memory-shared";
     timers: "timers";
 }

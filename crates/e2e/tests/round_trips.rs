@@ -74,12 +74,16 @@ round_trips! {
     unix_sockets: "sockets-unix";
     unix_connections_not_accepted: "sockets-unix" "silent";
     peers_of_unix_sockets: "sockets-peers";
+    descriptors_in_flight: "in-flight";
+    one_descriptor_in_flight: "sockets-unix" "in-flight";
 }
 
 refusals! {
     tcp_connections_never_accepted_are_refused: "sockets-inet" ["tcp" "waiting"] "wait in it";
     unix_connections_with_data_never_accepted_are_refused: "sockets-unix" ["waiting"] "wait in it";
-    a_descriptor_only_in_flight_is_refused: "sockets-unix" ["in-flight"] "in flight";
+    an_epoll_in_flight_is_refused: "in-flight" ["watching"] "it is only in flight";
+    an_epoll_in_flight_behind_others_is_refused: "in-flight" ["watching" "behind"] "it is only in flight";
+    a_descriptor_in_flight_that_sends_signals_is_refused: "in-flight" ["signals"] "it sends signals";
     a_changed_vdso_is_refused: "vdso" ["changed"] "changed its code";
     io_uring_is_refused: "refused" ["io-uring"] "it is an io_uring";
     userfaultfd_is_refused: "refused" ["userfaultfd"] "it is a userfaultfd";
@@ -100,6 +104,28 @@ refusals! {
     a_saved_syn_is_refused: "refused" ["saved-syn"] "TCP_SAVE_SYN";
     a_socket_from_another_namespace_is_refused: "refused" ["from-elsewhere"] "another network namespace";
     a_lease_is_refused: "refused" ["lease"] "it holds a lease";
+}
+
+/// A running target is not told what a frozen one would not be: a socket whose peer lies in the second message of a queue,
+/// which is not looked at while it runs, once was connected "to a process outside the tree".
+#[test]
+fn what_is_in_flight_is_checked_while_it_runs() {
+    sandboxed(|sandbox| {
+        for (options, status) in
+            [(&[][..], 0), (&["watching"], 2), (&["signals"], 2), (&["watching", "behind"], 0)]
+        {
+            let target = Target::start(sandbox, "in-flight", options)?;
+            let tree = format!("pid:{}", target.root().as_raw_pid());
+            let said = limosa::run(sandbox, ["check", &tree])?;
+            ensure!(said.status == Some(status), "{options:?}: {said:?}");
+            let place = format!("process {}, in flight in descriptor", target.root().as_raw_pid());
+            ensure!(status == 0 || said.out.contains(&place), "{said:?}");
+            target.verify()?;
+            target.quit()?;
+            sandbox.end_all()?;
+        }
+        Ok(())
+    });
 }
 
 /// A child that unshared its network namespace once came back in its parent's, without a word.

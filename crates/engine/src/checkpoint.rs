@@ -16,6 +16,7 @@ use limosa_kernel::task::{self, Comparison};
 use limosa_puppet::{Outcome, Program, Vdso, Visit, step_out_of_stub};
 
 use crate::error::{CaptureError, Refusal};
+use crate::flight;
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::guardian::{self, Guardian};
 use crate::listeners::{self, Listeners};
@@ -36,7 +37,7 @@ use crate::resources::{file_locks, job_control};
 use crate::sharing;
 use crate::state::{Body, Description, Descriptor, Life, Pages, Process, TREE, Thread, Tree};
 use crate::twin::{self, Remainder};
-use crate::view::{DescriptionView, ProcessView, ThreadView};
+use crate::view::{DescriptionView, Place, ProcessView, ThreadView};
 
 /// How to checkpoint.
 #[derive(Debug, Default)]
@@ -369,9 +370,8 @@ fn capture_descriptors(
             let alike = by_inode.entry((stat.st_dev, stat.st_ino)).or_default();
             let mut same = None;
             for index in alike.iter() {
-                let other = &found[*index];
-                let (a, b) = (other.number as u64, number as u64);
-                if task::kcmp(other.process.pid, view.pid, Comparison::File, a, b)?.is_eq() {
+                let (holder, held) = found[*index].handle();
+                if task::kcmp(holder, view.pid, Comparison::File, held, number as u64)?.is_eq() {
                     same = Some(*index);
                     break;
                 }
@@ -384,7 +384,8 @@ fn capture_descriptors(
             } else {
                 alike.push(found.len());
                 let link = view.proc.fd_link(number)?;
-                found.push(DescriptionView { process: view, number, link, info, descriptor, stat });
+                let place = Place::Held(number);
+                found.push(DescriptionView { process: view, place, link, info, descriptor, stat });
                 found.len() - 1
             };
             by_number.insert((view.own_pid, number), description);
@@ -392,10 +393,12 @@ fn capture_descriptors(
         }
         ask_close_on_exec(view, body, &unclear)?;
     }
+    let queues = flight::gather(&mut found)?;
     let own_pids: HashMap<i32, i32> = views.iter().map(|view| (view.pid, view.own_pid)).collect();
     file_locks::refuse_outsiders(&found, &own_pids.keys().copied().collect())?;
     let mut network = Network::look(views[0].pid, &found, options)?;
     network.came_later = came_later;
+    network.sees_all_in_flight = true;
     network.peers = peers::ask(&found, &own_pids)?;
     let mut context = CaptureContext::new(
         sink,
@@ -406,13 +409,16 @@ fn capture_descriptors(
         shared,
         &options.externals,
         &mut network,
+        queues,
     );
     let descriptions = found
         .iter()
         .map(|view| {
+            refuse_owner_in_flight(view)?;
             Ok(Description {
                 flags: view.info.flags & !(libc::O_CLOEXEC as u32),
                 owner: owner(view, &own_pids),
+                locks: if view.number().is_none() { file_locks::in_flight(view)? } else { Vec::new() },
                 state: DescriptorState::capture(view, &mut context)?,
             })
         })
@@ -445,6 +451,16 @@ fn ask_close_on_exec(view: &ProcessView, body: &mut Body, unclear: &[usize]) -> 
     for (index, call) in unclear.iter().zip(calls) {
         let flags = outcome.result(call).map_err(question)?;
         body.descriptors[*index].close_on_exec = flags & libc::FD_CLOEXEC as u64 != 0;
+    }
+    Ok(())
+}
+
+/// Refuses a description that is only in flight and sends signals: the process that sets whom it sends them to must
+/// hold it, because the kernel notes the user of that process, who must be allowed to.
+pub(crate) fn refuse_owner_in_flight(view: &DescriptionView) -> Result<(), CaptureError> {
+    if view.number().is_none() && task::descriptor_owner(&view.descriptor).is_some() {
+        let reason = "it sends signals (F_SETOWN), and is only in flight, so that no process could have that set again";
+        return Err(view.refuse(reason, "let the process receive it, and try again").into());
     }
     Ok(())
 }

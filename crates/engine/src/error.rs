@@ -20,6 +20,13 @@ pub enum Subject {
         /// The link's text.
         link: String,
     },
+    /// A descriptor that is only in flight.
+    InFlight {
+        /// The number of the socket that holds the message, or a message with a socket that does, and so on.
+        socket: i32,
+        /// What `/proc/PID/fd` would say of it.
+        link: String,
+    },
     /// A mapping: its first address and name.
     Mapping {
         /// First address.
@@ -34,6 +41,7 @@ impl fmt::Display for Subject {
         match self {
             Self::Process => Ok(()),
             Self::Descriptor { number, link } => write!(f, ", descriptor {number} ({link})"),
+            Self::InFlight { socket, link } => write!(f, ", in flight in descriptor {socket} ({link})"),
             Self::Mapping { start, name } => write!(f, ", mapping at {start:#x} ({name})"),
         }
     }

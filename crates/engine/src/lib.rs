@@ -6,6 +6,7 @@
 pub mod check;
 pub mod checkpoint;
 mod error;
+mod flight;
 mod freeze;
 mod guardian;
 mod listeners;
@@ -29,4 +30,4 @@ pub use error::{CaptureError, Refusal, Refusals, RestoreError, Subject};
 pub use freeze::Frozen;
 pub use memory_mode::{MemoryMode, Mode};
 pub use report::{Phase, Report, Times, TraceEvent};
-pub use view::{DescriptionView, ProcessView, ThreadView};
+pub use view::{DescriptionView, Place, ProcessView, ThreadView};

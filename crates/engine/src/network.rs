@@ -142,6 +142,8 @@ pub struct Network {
     pub(crate) unaccepted: Unaccepted,
     /// TCP connections that wait now have come since the freeze: they belong to the source.
     pub(crate) came_later: bool,
+    /// Whether every descriptor in flight is among the descriptions.
+    pub(crate) sees_all_in_flight: bool,
 }
 
 /// The tree's connections in one network namespace.

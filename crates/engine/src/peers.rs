@@ -2,7 +2,7 @@
 //!
 //! `SO_PEERCRED` gives the peer's ID as the caller sees it. Of a peer in the tree Limosa knows its ID there; of one that has
 //! ended (a parent that made the socket and daemonized, say) only a process inside can tell: so one of those that hold
-//! the socket is asked.
+//! the socket is asked. Of a socket that is only in flight it stays unknown.
 
 use std::collections::HashMap;
 
@@ -20,7 +20,8 @@ pub(crate) fn ask(
     own_pids: &HashMap<i32, i32>,
 ) -> Result<HashMap<u64, i32>, CaptureError> {
     let mut questions: HashMap<i32, Vec<&DescriptionView>> = HashMap::new();
-    for view in found.iter().filter(|view| view.process.pid != view.process.own_pid) {
+    let held = found.iter().filter(|view| view.number().is_some());
+    for view in held.filter(|view| view.process.pid != view.process.own_pid) {
         if network::kind(view).is_some_and(|kind| kind.domain == libc::AF_UNIX)
             && peer::peer(&view.descriptor)?.is_some_and(|peer| !own_pids.contains_key(&peer.pid))
         {
@@ -38,7 +39,8 @@ pub(crate) fn ask(
 fn ask_one(views: &[&DescriptionView], answers: &mut HashMap<u64, i32>) -> Result<(), CaptureError> {
     let Some(process) = views.first().map(|view| view.process) else { return Ok(()) };
     let mut program = Program::new();
-    let asked: Vec<Data> = views.iter().map(|view| question(view.number, &mut program)).collect();
+    let asked: Vec<Data> =
+        views.iter().filter_map(|view| Some(question(view.number()?, &mut program))).collect();
     let outcome = run_inside(process, program)?;
     outcome.check().map_err(|source| CaptureError::Question { pid: process.pid, source })?;
     for (view, data) in views.iter().zip(asked) {

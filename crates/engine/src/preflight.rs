@@ -7,7 +7,7 @@
 //! Rooms say what they would refuse as far as that shows without reading a queue or stopping a packet
 //! ([`DescriptorKind::examine`](crate::resources::DescriptorKind::examine)). Connections that nobody has accepted are
 //! watched for the second that the checkpoint would give the program. What is left to the checkpoint: descriptors in
-//! flight in unix sockets, and what only the threads themselves can tell.
+//! flight in unix sockets behind the first message with any, and what only the threads themselves can tell.
 
 use std::collections::{HashMap, HashSet};
 use std::io::Read;
@@ -17,8 +17,9 @@ use limosa_image::{Sink, SpaceId, WriteError};
 use limosa_kernel::proc::{ProcDir, TaskState};
 use limosa_kernel::task::{self, Comparison};
 
-use crate::checkpoint::{Options, SHARING};
+use crate::checkpoint::{Options, SHARING, refuse_owner_in_flight};
 use crate::error::{CaptureError, Refusal};
+use crate::flight;
 use crate::listeners;
 use crate::memory::SpaceAllocator;
 use crate::network::Network;
@@ -26,7 +27,7 @@ use crate::resources::mapping::MappingState;
 use crate::resources::namespaces::Home;
 use crate::resources::shared_memory::SharedObjects;
 use crate::resources::{CaptureContext, DescriptorState, NamespaceState, file_locks, filesystem};
-use crate::view::{DescriptionView, ProcessView};
+use crate::view::{DescriptionView, Place, ProcessView};
 
 /// How long something must be there before it is not taken for a child on its way to execve(2), a connection that is just
 /// being made, or the like.
@@ -172,6 +173,7 @@ fn descriptors(
             Err(error) => tracing::debug!(pid = view.pid, %error, "descriptors not looked at"),
         }
     }
+    network.sees_all_in_flight = flight::glance(&mut found);
     let own_pids: HashMap<i32, i32> = views.iter().map(|view| (view.pid, view.own_pid)).collect();
     note(&mut refusals, file_locks::refuse_outsiders(&found, &own_pids.keys().copied().collect()));
     let (mut sink, mut spaces) = (Nowhere, SpaceAllocator::default());
@@ -184,13 +186,21 @@ fn descriptors(
         shared,
         &options.externals,
         &mut network,
+        HashMap::new(),
     );
     // What many descriptors refer to, by dup(2) or fork(2), is refused once.
     let mut told = HashSet::new();
     for view in &found {
         let mut one = Vec::new();
         note(&mut one, DescriptorState::examine(view, &mut context));
-        note(&mut one, file_locks::capture(view.process, view.number, &view.info, false, false));
+        note(&mut one, refuse_owner_in_flight(view));
+        note(
+            &mut one,
+            match view.number() {
+                Some(number) => file_locks::capture(view.process, number, &view.info, false, false),
+                None => file_locks::in_flight(view),
+            },
+        );
         if !one.is_empty()
             && is_still_there(view)
             && told.insert((view.stat.st_dev, view.stat.st_ino, view.link.clone()))
@@ -216,7 +226,7 @@ fn open_all<'a>(
             let stat = rustix::fs::fstat(&descriptor).map_err(|errno| {
                 limosa_kernel::Error::new("fstat", format_args!("descriptor {number}"), errno)
             })?;
-            Ok(DescriptionView { process: view, number, link, info, descriptor, stat })
+            Ok(DescriptionView { process: view, place: Place::Held(number), link, info, descriptor, stat })
         };
         match open() {
             Ok(view) => {
@@ -232,14 +242,15 @@ fn open_all<'a>(
 }
 
 /// Whether the number still stands for the description that was looked at, so that all that was read of it belongs
-/// together.
+/// together. What is in flight was looked at by a number of our own.
 fn is_still_there(view: &DescriptionView) -> bool {
     use std::os::fd::AsRawFd;
+    let Some(number) = view.number() else { return true };
     let own = std::process::id() as i32;
     let duplicate = view.descriptor.as_raw_fd() as u64;
-    task::kcmp(own, view.process.pid, Comparison::File, duplicate, view.number as u64)
+    task::kcmp(own, view.process.pid, Comparison::File, duplicate, number as u64)
         .is_ok_and(std::cmp::Ordering::is_eq)
-        && view.process.proc.fd_link(view.number).is_ok_and(|link| link == view.link)
+        && view.process.proc.fd_link(number).is_ok_and(|link| link == view.link)
 }
 
 /// Where what rooms capture goes: nothing of it is kept, nor even read.

@@ -235,6 +235,30 @@ fn check(tree: &Tree) -> Result<(), RestoreError> {
             return Err(RestoreError::inconsistent(format!("process {} has no leading thread", process.pid)));
         }
     }
+    check_in_flight(tree)
+}
+
+/// Checks that each description is held or in flight. One that is only in flight has nothing that a holder must do.
+fn check_in_flight(tree: &Tree) -> Result<(), RestoreError> {
+    let mut held = vec![false; tree.descriptions.len()];
+    for descriptor in tree.living().flat_map(|(_, body)| &body.descriptors) {
+        held[descriptor.description] = true;
+    }
+    let mut in_flight = vec![false; tree.descriptions.len()];
+    for right in tree.descriptions.iter().flat_map(|description| description.state.in_flight()) {
+        let known = in_flight.get_mut(right);
+        *known.ok_or_else(|| RestoreError::inconsistent(format!("there is no description {right}")))? = true;
+    }
+    for (index, description) in tree.descriptions.iter().enumerate().filter(|(index, _)| !held[*index]) {
+        let watches =
+            matches!(&description.state, DescriptorState::Epoll(epoll) if !epoll.entries.is_empty());
+        if !in_flight[index] {
+            return Err(RestoreError::inconsistent(format!("nobody has description {index}")));
+        } else if watches || description.owner.is_some() {
+            let what = format!("description {index} needs a process that holds it, and is only in flight");
+            return Err(RestoreError::inconsistent(what));
+        }
+    }
     Ok(())
 }
 

@@ -163,6 +163,9 @@ pub struct Description {
     pub flags: u32,
     /// Who gets its signals (`F_SETOWN_EX`: type, ID), and which signal (`F_SETSIG`), where set.
     pub owner: Option<(i32, i32, i32)>,
+    /// Its locks on files, where it is only in flight; otherwise a process that holds it has them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub locks: Vec<FileLock>,
     /// What it refers to.
     pub state: DescriptorState,
 }

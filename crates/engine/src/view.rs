@@ -2,7 +2,8 @@
 
 use std::cell::OnceCell;
 use std::collections::HashSet;
-use std::os::fd::OwnedFd;
+use std::fmt;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use limosa_kernel::proc::{FdInfo, Mapping, ProcDir, Stat, Status, TaskState};
 
@@ -74,13 +75,32 @@ pub struct ThreadView<'a> {
     pub status: Status,
 }
 
+/// Where an open file description was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A process holds a descriptor of it, with this number.
+    Held(i32),
+    /// No process has it open: it lies in a message that nobody has received, in the queue of the socket that a process
+    /// holds under this number, or further inside.
+    InFlight(i32),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Held(number) => number.fmt(f),
+            Self::InFlight(number) => write!(f, "in flight in {number}"),
+        }
+    }
+}
+
 /// An open file description, seen through one of its descriptors.
 #[derive(Debug)]
 pub struct DescriptionView<'a> {
-    /// The process that holds the descriptor.
+    /// The process that holds the descriptor, or the socket whose queue it lies in.
     pub process: &'a ProcessView<'a>,
-    /// The descriptor's number there.
-    pub number: i32,
+    /// Where it is there.
+    pub place: Place,
     /// The text of `/proc/PID/fd/NUMBER`.
     pub link: Vec<u8>,
     /// `/proc/PID/fdinfo/NUMBER`.
@@ -92,6 +112,32 @@ pub struct DescriptionView<'a> {
 }
 
 impl DescriptionView<'_> {
+    /// The number of its descriptor, if a process holds one.
+    pub fn number(&self) -> Option<i32> {
+        match self.place {
+            Place::Held(number) => Some(number),
+            Place::InFlight(_) => None,
+        }
+    }
+
+    /// A process and its number there, as kcmp(2) wants it: Limosa's own, where nobody else has one.
+    pub fn handle(&self) -> (i32, u64) {
+        match self.place {
+            Place::Held(number) => (self.process.pid, number as u64),
+            Place::InFlight(_) => (std::process::id() as i32, self.descriptor.as_raw_fd() as u64),
+        }
+    }
+
+    /// What `fdinfo` says of it now.
+    pub fn info_again(&self) -> limosa_kernel::Result<FdInfo> {
+        match self.place {
+            Place::Held(number) => self.process.proc.fdinfo(number),
+            Place::InFlight(_) => {
+                ProcDir::open(std::process::id() as i32)?.fdinfo(self.descriptor.as_raw_fd())
+            }
+        }
+    }
+
     /// The link as text, for messages.
     pub fn link_text(&self) -> String {
         String::from_utf8_lossy(&self.link).into_owned()
@@ -116,7 +162,10 @@ impl DescriptionView<'_> {
     pub fn refuse(&self, reason: impl Into<String>, remedy: impl Into<String>) -> crate::Refusal {
         crate::Refusal {
             pid: self.process.pid,
-            subject: crate::Subject::Descriptor { number: self.number, link: self.link_text() },
+            subject: match self.place {
+                Place::Held(number) => crate::Subject::Descriptor { number, link: self.link_text() },
+                Place::InFlight(socket) => crate::Subject::InFlight { socket, link: self.link_text() },
+            },
             reason: reason.into(),
             remedy: remedy.into(),
         }

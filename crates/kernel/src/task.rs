@@ -230,3 +230,22 @@ pub fn descriptor_owner(descriptor: impl AsFd) -> Option<(i32, i32, i32)> {
     let signal = unsafe { libc::fcntl(fd, F_GETSIG) };
     Some((owner[0], owner[1], signal.max(0)))
 }
+
+/// Takes a lock that belongs to an open file description (`F_OFD_SETLK`), without waiting; a `length` of 0 reaches to the end
+/// of the file. See `fcntl_locking(2)`.
+pub fn lock_description(description: impl AsFd, exclusive: bool, start: u64, length: u64) -> Result<()> {
+    const F_OFD_SETLK: i32 = 37;
+    crate::fault::point();
+    let fd = description.as_fd().as_raw_fd();
+    let error = |source| Error::new("fcntl(F_OFD_SETLK)", format_args!("descriptor {fd}"), source);
+    let (Ok(l_start), Ok(l_len)) = (i64::try_from(start), i64::try_from(length)) else {
+        return Err(error(std::io::Error::from_raw_os_error(libc::EOVERFLOW)));
+    };
+    let l_type = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK } as libc::c_short;
+    let lock = libc::flock { l_type, l_whence: libc::SEEK_SET as libc::c_short, l_start, l_len, l_pid: 0 };
+    // SAFETY: F_OFD_SETLK reads a struct flock, which lives until the call returns.
+    match unsafe { libc::fcntl(fd, F_OFD_SETLK, &raw const lock) } {
+        0 => Ok(()),
+        _ => Err(error(std::io::Error::last_os_error())),
+    }
+}

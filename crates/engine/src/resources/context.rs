@@ -11,6 +11,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags};
 use super::shared_memory::SharedObjects;
 use super::terminal::{Rebuilt, Terminals};
 use crate::error::{CaptureError, RestoreError};
+use crate::flight::Queues;
 use crate::memory::SpaceAllocator;
 use crate::network::{Network, Starters};
 use crate::state::Descriptor;
@@ -36,6 +37,8 @@ pub struct CaptureContext<'a> {
     pub externals: &'a HashMap<(u64, u64), String>,
     /// What was read of all sockets at once.
     pub network: &'a mut Network,
+    /// What is queued in unix sockets.
+    pub(crate) queues: Queues,
     /// The pseudo-terminals that descriptors are ends of.
     pub terminals: Terminals,
     /// Rooms' notes, by object: what was captured already through another description.
@@ -45,7 +48,7 @@ pub struct CaptureContext<'a> {
 impl<'a> CaptureContext<'a> {
     /// A context for one tree.
     #[expect(clippy::too_many_arguments, reason = "one for each thing that rooms share")]
-    pub fn new(
+    pub(crate) fn new(
         sink: &'a mut dyn Sink,
         spaces: &'a mut SpaceAllocator,
         descriptors: &'a HashMap<(i32, i32), usize>,
@@ -54,6 +57,7 @@ impl<'a> CaptureContext<'a> {
         shared_objects: &'a mut SharedObjects,
         externals: &'a HashMap<(u64, u64), String>,
         network: &'a mut Network,
+        queues: Queues,
     ) -> Self {
         let (terminals, notes) = (Terminals::default(), HashMap::new());
         Self {
@@ -65,6 +69,7 @@ impl<'a> CaptureContext<'a> {
             shared_objects,
             externals,
             network,
+            queues,
             terminals,
             notes,
         }

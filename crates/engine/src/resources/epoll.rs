@@ -47,6 +47,11 @@ impl DescriptorKind for Epoll {
     }
 
     fn capture(view: &DescriptionView, context: &mut CaptureContext) -> Result<Self, CaptureError> {
+        // Entries are files together with numbers of a process.
+        if view.number().is_none() && matches!(&view.info.extra, FdExtra::Epoll(entries) if !entries.is_empty()) {
+            let reason = "it is only in flight, so that no process has the descriptors that it watches";
+            return Err(view.refuse(reason, "let the process receive it, and try again").into());
+        }
         let watched: &[EpollEntry] = match &view.info.extra {
             FdExtra::Epoll(entries) => entries,
             _ => &[],
@@ -82,7 +87,8 @@ fn find(
     skip: u32,
     context: &CaptureContext,
 ) -> Result<usize, CaptureError> {
-    let owner = (view.process.pid, view.number);
+    let (pid, number) = view.handle();
+    let owner = (pid, number as i32);
     let is_watched = |index: usize, number: i32| -> Result<bool, CaptureError> {
         let same_file = context.descriptions[index].stat.st_ino == entry.ino;
         Ok(same_file && task::kcmp_epoll((view.process.pid, number), owner, entry.fd, skip)?)

@@ -69,7 +69,12 @@ const RWF_NOWAIT: i32 = 8;
 /// count 2…:    read → 1 or the count, write what was read
 /// ```
 fn find_out(view: &DescriptionView, count: u64) -> Result<bool, CaptureError> {
-    let (program, answer) = question(view.number, count);
+    let Some(number) = view.number() else {
+        let reason = "it is only in flight, and this kernel does not tell whether it is a semaphore";
+        let remedy = "let the process receive it, or use Linux 6.5 or newer";
+        return Err(view.refuse(reason, remedy).into());
+    };
+    let (program, answer) = question(number, count);
     let outcome = run_inside(view.process, program)?;
     outcome.check().map_err(|source| CaptureError::Question { pid: view.process.pid, source })?;
     match outcome.word(answer, 0) {

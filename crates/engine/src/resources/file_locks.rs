@@ -1,27 +1,32 @@
 //! Locks on files: POSIX (fcntl(2)), of open file descriptions, and flock(2).
 //!
 //! A POSIX lock belongs to a process, the others to a description; the first process that holds a description takes
-//! its locks again. Taken last, because closing any descriptor of a file drops a process's POSIX locks on it.
+//! its locks again; of one that is only in flight, Limosa does. Taken last, because closing any descriptor of a file drops a process's POSIX locks on it.
 //!
 //! A lock of a description that a process outside of the tree holds, too, is refused: it would stay with that process, and
 //! the restored tree could not take it again.
 
 use std::collections::HashSet;
+use std::os::fd::OwnedFd;
 
 use limosa_kernel::proc::{FdInfo, FileId, LockAccess, LockKind, ProcDir};
 use limosa_kernel::task::{self, Comparison};
 use limosa_puppet::Program;
+use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{CaptureError, Refusal, Subject};
+use crate::error::{CaptureError, Refusal, RestoreError, Subject};
 use crate::view::{DescriptionView, ProcessView};
 
 const F_OFD_SETLK: i32 = 37;
+/// Why a lease is refused, and the remedy.
+const LEASE: (&str, &str) =
+    ("it holds a lease on the file", "give it up (F_SETLEASE with F_UNLCK) before the checkpoint");
 
 /// A lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileLock {
-    /// The descriptor through which it was taken.
+    /// The descriptor through which it was taken; -1 where its description is only in flight.
     pub number: i32,
     /// What kind.
     pub kind: Kind,
@@ -66,16 +71,29 @@ pub fn capture(
                 let refusal = Refusal {
                     pid: process.pid,
                     subject: Subject::Descriptor { number, link },
-                    reason: "it holds a lease on the file".into(),
-                    remedy: "give it up (F_SETLEASE with F_UNLCK) before the checkpoint".into(),
+                    reason: LEASE.0.into(),
+                    remedy: LEASE.1.into(),
                 };
                 return Err(refusal.into());
             }
         };
         if !known {
-            let length = lock.end.map_or(0, |end| end.saturating_sub(lock.start).saturating_add(1));
-            let exclusive = lock.access == LockAccess::Write;
-            locks.push(FileLock { number, kind, exclusive, start: lock.start, length });
+            locks.push(FileLock::new(number, kind, lock));
+        }
+    }
+    Ok(locks)
+}
+
+/// The locks that belong to a description which is only in flight. It has no lock of a process's, which would have gone
+/// when the process closed it.
+pub(crate) fn in_flight(view: &DescriptionView) -> Result<Vec<FileLock>, CaptureError> {
+    let mut locks = Vec::new();
+    for lock in &view.info.locks {
+        match lock.kind {
+            LockKind::Posix => {}
+            LockKind::OpenFileDescription => locks.push(FileLock::new(-1, Kind::Description, lock)),
+            LockKind::Flock => locks.push(FileLock::new(-1, Kind::Flock, lock)),
+            LockKind::Lease | LockKind::Delegation => return Err(view.refuse(LEASE.0, LEASE.1).into()),
         }
     }
     Ok(locks)
@@ -99,8 +117,9 @@ pub(crate) fn refuse_outsiders(found: &[DescriptionView], tree: &HashSet<i32>) -
         for number in outsider.fds().unwrap_or_default() {
             let Ok(file) = outsider.file_id(&format!("fd/{number}")) else { continue };
             let same = |view: &&&DescriptionView| {
+                let (ours, of_ours) = view.handle();
                 file == (FileId { dev: view.stat.st_dev, ino: view.stat.st_ino })
-                    && task::kcmp(view.process.pid, pid, Comparison::File, view.number as u64, number as u64)
+                    && task::kcmp(ours, pid, Comparison::File, of_ours, number as u64)
                         .is_ok_and(std::cmp::Ordering::is_eq)
             };
             if let Some(view) = locked.iter().find(same) {
@@ -124,6 +143,28 @@ fn has_lock_of_its_own(view: &DescriptionView) -> bool {
 }
 
 impl FileLock {
+    fn new(number: i32, kind: Kind, lock: &limosa_kernel::proc::FileLock) -> Self {
+        let length = lock.end.map_or(0, |end| end.saturating_sub(lock.start).saturating_add(1));
+        Self { number, kind, exclusive: lock.access == LockAccess::Write, start: lock.start, length }
+    }
+
+    /// Takes the lock of a description again that is only in flight.
+    pub(crate) fn take(&self, description: &OwnedFd) -> Result<(), RestoreError> {
+        let taken = match (self.kind, self.exclusive) {
+            (Kind::Flock, true) => rustix::fs::flock(description, FlockOperation::NonBlockingLockExclusive),
+            (Kind::Flock, false) => rustix::fs::flock(description, FlockOperation::NonBlockingLockShared),
+            (Kind::Description, exclusive) => {
+                return Ok(task::lock_description(description, exclusive, self.start, self.length)?);
+            }
+            (Kind::Posix, _) => {
+                return Err(RestoreError::inconsistent(
+                    "a process's lock on a file that no process has open",
+                ));
+            }
+        };
+        taken.map_err(RestoreError::rebuild("a lock on a file that is in flight", "flock"))
+    }
+
     /// Adds the call that takes the lock again; it fails if another process has taken it meanwhile.
     pub fn rebuild(&self, program: &mut Program) {
         let range = |program: &mut Program, command: i32| {

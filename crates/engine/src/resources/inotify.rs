@@ -48,8 +48,8 @@ impl DescriptorKind for Inotify {
         let pending = rustix::io::ioctl_fionread(&view.descriptor)
             .map_err(view.error("asking an inotify for its unread events"))?;
         if pending > 0 {
-            let (pid, number) = (view.process.pid, view.number);
-            tracing::warn!(pid, number, "{pending} bytes of unread inotify events do not travel with the checkpoint");
+            let (pid, descriptor) = (view.process.pid, view.place);
+            tracing::warn!(pid, %descriptor, "{pending} bytes of unread inotify events do not travel with the checkpoint");
         }
         let watched: &[InotifyWatch] = match &view.info.extra {
             FdExtra::Inotify(watches) => watches,

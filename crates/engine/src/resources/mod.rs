@@ -196,6 +196,15 @@ macro_rules! descriptor_kinds {
                 }
             }
 
+            /// The descriptions that are in flight in it, by index.
+            pub(crate) fn in_flight(&self) -> impl Iterator<Item = usize> {
+                let queue = match self {
+                    Self::UnixSocket(socket) => socket.queue.as_slice(),
+                    _ => &[],
+                };
+                queue.iter().flat_map(|message| message.rights.iter().copied())
+            }
+
             /// The room's name.
             pub fn kind(&self) -> &'static str {
                 match self {

@@ -222,7 +222,10 @@ fn unconnected(view: &DescriptionView, context: &CaptureContext) -> Result<Role,
     let local = tcp_snapshot::local_address(fd)?;
     match info.state {
         State::Listen
-            if info.unacked > 0 && !context.network.closes_unaccepted() && !context.network.came_later =>
+            if info.unacked > 0
+                && !context.network.closes_unaccepted()
+                // Whether one that is only in flight was empty at the freeze, nobody has looked.
+                && !(context.network.came_later && view.number().is_some()) =>
         {
             Err(network::refuse_unaccepted(view, info.unacked as usize))
         }

@@ -43,7 +43,7 @@ impl DescriptorKind for TimerFd {
         // The kernel brings a periodic timer up to date when it is asked: until then one that has expired looks as
         // if it were not armed. So ask before reading its state.
         timerfd_gettime(&view.descriptor).map_err(view.error("asking a timerfd for its time"))?;
-        let info = view.process.proc.fdinfo(view.number)?;
+        let info = view.info_again()?;
         let FdExtra::TimerFd(timer) = info.extra else {
             let reason = "the kernel does not tell its state";
             return Err(view.refuse(reason, "close it before the checkpoint").into());

@@ -178,8 +178,8 @@ fn warn_of_errors(view: &DescriptionView) {
     let mut polled = [PollFd::new(&view.descriptor, PollFlags::empty())];
     let asked = poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
     if asked.is_ok() && polled[0].revents().contains(PollFlags::ERR) {
-        let (pid, descriptor) = (view.process.pid, view.number);
-        tracing::warn!(pid, descriptor, "an error or timestamp of a UDP socket, not read yet, is not carried");
+        let (pid, descriptor) = (view.process.pid, view.place);
+        tracing::warn!(pid, %descriptor, "an error or timestamp of a UDP socket, not read yet, is not carried");
     }
 }
 

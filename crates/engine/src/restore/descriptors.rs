@@ -66,6 +66,9 @@ pub(crate) fn rebuild_all(
     let starters = context.take_starters();
     drop(context);
     rebuild_unix_sockets(tree, &mut descriptions, &own_root, &pids, makers)?;
+    for (description, descriptor) in tree.descriptions.iter().zip(&descriptions) {
+        description.locks.iter().try_for_each(|lock| lock.take(descriptor))?;
+    }
     Ok(Objects {
         descriptions,
         shared,

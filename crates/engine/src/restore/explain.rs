@@ -3,7 +3,7 @@
 //! The programs are built by the functions that a restore uses. Not known before it happens are addresses in the arena,
 //! which are left out.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 
 use limosa_puppet::{Program, ShownCall};
@@ -90,6 +90,9 @@ pub struct Description {
     pub kind: &'static str,
     /// The descriptors of it.
     pub holders: Vec<Holder>,
+    /// The descriptions of the unix sockets in whose queues it is in flight, by index.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub in_flight_in: Vec<usize>,
 }
 
 /// A descriptor.
@@ -200,9 +203,20 @@ fn descriptions(tree: &Tree) -> Vec<Description> {
         });
         all.collect()
     };
-    let all = tree.descriptions.iter().enumerate();
-    all.map(|(index, description)| Description { kind: description.state.kind(), holders: holders(index) })
-        .collect()
+    let mut carriers = vec![BTreeSet::new(); tree.descriptions.len()];
+    for (carrier, description) in tree.descriptions.iter().enumerate() {
+        for right in description.state.in_flight() {
+            // It exists: the checkpoint has been checked.
+            carriers[right].insert(carrier);
+        }
+    }
+    let all = tree.descriptions.iter().enumerate().zip(carriers);
+    all.map(|((index, description), carriers)| Description {
+        kind: description.state.kind(),
+        holders: holders(index),
+        in_flight_in: carriers.into_iter().collect(),
+    })
+    .collect()
 }
 
 fn reading(pid: i32, parts: &[load::Part], socket_number: i32) -> Vec<Section> {
@@ -222,10 +236,14 @@ impl fmt::Display for Explanation {
         for (index, SharedMemory { bytes }) in self.shared_memory.iter().enumerate() {
             writeln!(f, "  shared memory {index}: {bytes} bytes")?;
         }
-        for (index, Description { kind, holders }) in self.descriptions.iter().enumerate() {
+        for (index, Description { kind, holders, in_flight_in }) in self.descriptions.iter().enumerate() {
             let holders: Vec<String> =
                 holders.iter().map(|Holder { pid, descriptor }| format!("{pid}:{descriptor}")).collect();
-            writeln!(f, "  description {index}: {kind}, held as {}", holders.join(" "))?;
+            let carriers: Vec<String> =
+                in_flight_in.iter().map(|carrier| format!(" in flight in {carrier}")).collect();
+            let held =
+                if holders.is_empty() { String::new() } else { format!(" held as {}", holders.join(" ")) };
+            writeln!(f, "  description {index}: {kind},{held}{}", carriers.concat())?;
         }
         for Section { pid, thread, what, calls } in &self.programs {
             match thread {

@@ -54,6 +54,19 @@ struct Slot {
     segment: Option<usize>,
 }
 
+impl Slot {
+    const EMPTY: Self = Self {
+        start: 0,
+        length: 0,
+        sender: [0; 128],
+        sender_length: 0,
+        descriptors: [-1; MOST_DESCRIPTORS],
+        count: 0,
+        credentials: None,
+        segment: None,
+    };
+}
+
 /// How the helper's work ended.
 enum End {
     Empty,
@@ -71,17 +84,7 @@ pub fn receive_queue(socket: impl AsFd) -> Result<Vec<Message>> {
     let (mut bytes, mut messages) = (256 << 10, 32);
     loop {
         let mut data = vec![0; bytes];
-        let empty = Slot {
-            start: 0,
-            length: 0,
-            sender: [0; 128],
-            sender_length: 0,
-            descriptors: [-1; MOST_DESCRIPTORS],
-            count: 0,
-            credentials: None,
-            segment: None,
-        };
-        let mut slots = vec![empty; messages];
+        let mut slots = vec![Slot::EMPTY; messages];
         let mut used = 0;
         let mut end = End::Empty;
         let finished = guarded::run(|_| end = look(fd, kind, before, &mut data, &mut slots, &mut used))
@@ -101,6 +104,25 @@ pub fn receive_queue(socket: impl AsFd) -> Result<Vec<Message>> {
             }
             End::Failed(source) => return Err(Error::new("recvmsg(MSG_PEEK)", raw::name(fd), source)),
         }
+    }
+}
+
+/// Duplicates of the descriptors in the first message that has any, as far as they can be seen without touching the
+/// socket; none of a socket that is peeked at with an offset, which would move.
+pub fn first_descriptors(socket: impl AsFd) -> Result<Vec<OwnedFd>> {
+    crate::fault::point();
+    let fd = socket.as_fd();
+    if sockopt::peek_offset(fd)? >= 0 {
+        return Ok(Vec::new());
+    }
+    let mut data = vec![0; 256 << 10];
+    let mut slot = Slot::EMPTY;
+    match peek(fd, &mut data, &mut slot) {
+        Ok(_) => Ok(own(&slot, &data).descriptors),
+        Err(error) => match ended(error) {
+            End::Failed(source) => Err(Error::new("recvmsg(MSG_PEEK)", raw::name(fd), source)),
+            _ => Ok(Vec::new()),
+        },
     }
 }
 
@@ -306,6 +328,14 @@ fn peek(fd: BorrowedFd<'_>, room: &mut [u8], slot: &mut Slot) -> io::Result<bool
         // SAFETY: as above.
         part = unsafe { libc::CMSG_NXTHDR(&raw const header, part) };
     }
+    if header.msg_flags & libc::MSG_CTRUNC != 0 {
+        // No number was free, or somebody does not allow it: what is missing would be lost.
+        for number in &slot.descriptors[..std::mem::take(&mut slot.count)] {
+            // SAFETY: a descriptor that we have just received; nobody else knows it.
+            unsafe { libc::close(*number) };
+        }
+        return Err(io::Error::from_raw_os_error(libc::EMFILE));
+    }
     Ok(header.msg_flags & libc::MSG_TRUNC != 0)
 }
 
@@ -360,6 +390,26 @@ mod tests {
         b.read_to_string(&mut all).unwrap();
         assert_eq!(all, "plain with one with two end");
         assert_eq!(receive_queue(&b).unwrap().len(), 0);
+    }
+
+    #[test]
+    fn the_first_descriptors_are_found_without_a_trace() {
+        let (a, mut b) = UnixStream::pair().unwrap();
+        assert_eq!(first_descriptors(&b).unwrap().len(), 0);
+        let other = std::fs::File::open("/dev/null").unwrap();
+        send(&a, b"plain ", &[]);
+        send(&a, b"two ", &[other.as_fd(), other.as_fd()]);
+        send(&a, b"one", &[other.as_fd()]);
+        for _ in 0..2 {
+            assert_eq!(first_descriptors(&b).unwrap().len(), 2);
+        }
+        sockopt::set_peek_offset(&b, 1).unwrap();
+        assert_eq!(first_descriptors(&b).unwrap().len(), 0);
+        assert_eq!(sockopt::peek_offset(&b).unwrap(), 1);
+        drop(a);
+        let mut all = String::new();
+        b.read_to_string(&mut all).unwrap();
+        assert_eq!(all, "plain two one");
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod eventfds;
 mod events;
 mod files;
 mod heartbeat;
+mod in_flight;
 mod locks;
 mod memory;
 mod memory_advice;
@@ -61,6 +62,7 @@ const KINDS: &[(&str, SetUp)] = &[
     ("events", events::set_up),
     ("files", files::set_up),
     ("heartbeat", heartbeat::set_up),
+    ("in-flight", in_flight::set_up),
     ("locks", locks::set_up),
     ("memory", memory::set_up),
     ("memory-advice", memory_advice::set_up),

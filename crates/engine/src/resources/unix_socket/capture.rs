@@ -1,14 +1,14 @@
 //! Reading a unix socket from outside: the kernel's listing, its name and file, and its queue.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 
 use limosa_kernel::net::sock_diag::{self, UnixName};
 use limosa_kernel::net::peer::{self, Peer};
-use limosa_kernel::net::{peek, raw, sockopt};
-use limosa_kernel::task::{self, Comparison};
+use limosa_kernel::net::{raw, sockopt};
 
 use super::{Identity, Kind, Message, Name, Role, SocketFile, UnixSocket, shut};
 use crate::error::CaptureError;
+use crate::flight::Queued;
 use crate::network;
 use crate::resources::CaptureContext;
 use crate::view::DescriptionView;
@@ -28,7 +28,7 @@ pub(super) fn capture(
     let (read_shut, write_shut) = shut(listed.shutdown);
     let queue = match role {
         Role::Listening { .. } => Vec::new(),
-        _ => queue(view, context)?,
+        _ => queue(view, context),
     };
     let file = if matches!(listed.name, Some(UnixName::Path(_))) { file(view)? } else { None };
     Ok(UnixSocket {
@@ -46,7 +46,7 @@ pub(super) fn capture(
     })
 }
 
-/// What of that would be refused, but for descriptors in flight: the queue is left alone.
+/// What of that would be refused; the queue is left alone.
 pub(super) fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
     network::refuse_foreign_options(view)?;
     let listed = context.network.unix(view)?;
@@ -57,7 +57,11 @@ pub(super) fn examine(view: &DescriptionView, context: &mut CaptureContext) -> R
         };
     }
     let kind = kind(&listed);
-    role(view, &listed, kind, context).map(drop)
+    match role(view, &listed, kind, context) {
+        // Its peer may be in a message that was not looked at.
+        Err(CaptureError::Refused(_)) if !context.network.sees_all_in_flight => Ok(()),
+        role => role.map(drop),
+    }
 }
 
 fn kind(listed: &sock_diag::UnixSocket) -> Kind {
@@ -92,7 +96,8 @@ fn role(
             }
             None => {}
         }
-        let connected = listed.state == ESTABLISHED && kind != Kind::Datagram;
+        // A datagram socket with a name can be sent to whatever became of its peer; one without was in a pair.
+        let connected = listed.state == ESTABLISHED && (kind != Kind::Datagram || listed.name.is_none());
         return Ok(if connected { Role::Orphaned } else { Role::Idle });
     };
     if in_tree(peer) {
@@ -150,41 +155,19 @@ fn own_pid(view: &DescriptionView, pid: i32, context: &CaptureContext) -> i32 {
     context.own_pids.get(&pid).copied().unwrap_or(if one_namespace { pid } else { 0 })
 }
 
-fn queue(view: &DescriptionView, context: &CaptureContext) -> Result<Vec<Message>, CaptureError> {
-    let messages = peek::receive_queue(view.descriptor.as_fd())?;
+/// What `crate::flight` has read.
+fn queue(view: &DescriptionView, context: &mut CaptureContext) -> Vec<Message> {
+    let index = context.descriptions.iter().position(|other| std::ptr::eq(other, view));
+    let messages = index.and_then(|index| context.queues.remove(&index)).unwrap_or_default();
     let mut queue = Vec::with_capacity(messages.len());
-    for message in messages {
-        let mut rights = Vec::with_capacity(message.descriptors.len());
-        for right in &message.descriptors {
-            rights.push(description_of(view, right, context)?);
-        }
+    for Queued { message, rights } in messages {
         let from = message.sender.get(2..).and_then(UnixName::from_sun_path).map(Name::from);
         // A message from before the socket asked for credentials has none: the kernel shows process 0.
         let credentials = message.credentials.filter(|(pid, ..)| *pid != 0);
         let credentials = credentials.map(|(pid, uid, gid)| (own_pid(view, pid, context), uid, gid));
         queue.push(Message { data: message.data.into(), from, rights, credentials });
     }
-    Ok(queue)
-}
-
-/// Which description of the tree a descriptor in flight refers to.
-fn description_of(
-    view: &DescriptionView,
-    right: &std::os::fd::OwnedFd,
-    context: &CaptureContext,
-) -> Result<usize, CaptureError> {
-    let own = std::process::id() as i32;
-    let stat = rustix::fs::fstat(right).map_err(view.error("fstat of a descriptor in flight"))?;
-    for (index, other) in context.descriptions.iter().enumerate() {
-        if (other.stat.st_dev, other.stat.st_ino) == (stat.st_dev, stat.st_ino) {
-            let (a, b) = (right.as_raw_fd() as u64, other.descriptor.as_raw_fd() as u64);
-            if task::kcmp(own, own, Comparison::File, a, b)?.is_eq() {
-                return Ok(index);
-            }
-        }
-    }
-    let reason = "a descriptor is in flight in it that no process of the tree has open";
-    Err(view.refuse(reason, "let the process receive it, and try again").into())
+    queue
 }
 
 /// The file of a socket bound to a path; none if it has been removed.

@@ -9,8 +9,7 @@
 //! (see `crate::listeners`). Whoever accepts it sees as its peer the process that holds the connected socket.
 //!
 //! Refused: a connection to a process outside the tree (but a datagram socket connected to a name is connected to
-//! it again, as to `/dev/log`); connections not accepted that have data; a descriptor in flight that no process of the
-//! tree has open.
+//! it again, as to `/dev/log`); connections not accepted that have data.
 //!
 //! Peer credentials (`SO_PEERCRED`) come back as `crate::restore::Makers` tells. Credentials of queued messages
 //! (`SCM_CREDENTIALS`) come back where the socket asks for them (`SO_PASSCRED`); of a sender that has ended, without its

@@ -42,8 +42,12 @@ pub(crate) fn assemble(
 ) -> Result<HashMap<usize, OwnedFd>, RestoreError> {
     let mut assembly = Assembly { sockets, made: HashMap::new(), root, pids, makers };
     for (_, socket) in sockets {
-        if !matches!(socket.role, Role::Connected { .. } | Role::Orphaned | Role::Waiting { .. })
-            || socket.kind == Kind::Datagram {
+        let placed = match socket.role {
+            Role::Orphaned => false,
+            Role::Connected { .. } | Role::Waiting { .. } => socket.kind == Kind::Datagram,
+            _ => true,
+        };
+        if placed {
             assembly.place(socket)?;
         }
     }
@@ -54,8 +58,8 @@ pub(crate) fn assemble(
         assembly.queue_up(socket)?;
     }
     // The sockets have their final descriptors: those in flight may be such sockets themselves.
-    for (_, socket) in sockets {
-        assembly.fill(socket, descriptions)?;
+    for at in carriers_first(sockets) {
+        assembly.fill(sockets[at].1, descriptions)?;
     }
     for (_, socket) in sockets {
         assembly.finish(socket)?;
@@ -63,6 +67,35 @@ pub(crate) fn assemble(
     let mut made = assembly.made;
     let take = |(index, socket): &(usize, &UnixSocket)| made.remove(&socket.inode).map(|fd| (*index, fd));
     Ok(sockets.iter().filter_map(take).collect())
+}
+
+/// The order in which queues are filled: a socket is sent before anything is in its own queue, because kernels before 6.10
+/// allow only a few sockets within each other. Where they go round in circles, any is the first.
+fn carriers_first(sockets: &[(usize, &UnixSocket)]) -> Vec<usize> {
+    let places: HashMap<usize, usize> = sockets.iter().enumerate().map(|(at, (index, _))| (*index, at)).collect();
+    let carried = |at: usize| {
+        let rights = sockets[at].1.queue.iter().flat_map(|message| &message.rights);
+        rights.filter_map(|index| places.get(index).copied())
+    };
+    let mut carriers = vec![0_usize; sockets.len()];
+    (0..sockets.len()).flat_map(carried).for_each(|at| carriers[at] += 1);
+    let mut ready: Vec<usize> = (0..sockets.len()).filter(|at| carriers[*at] == 0).collect();
+    let (mut order, mut done) = (Vec::with_capacity(sockets.len()), vec![false; sockets.len()]);
+    for next in 0..=sockets.len() {
+        while let Some(at) = ready.pop() {
+            if !std::mem::replace(&mut done[at], true) {
+                order.push(at);
+                for at in carried(at) {
+                    carriers[at] = carriers[at].saturating_sub(1);
+                    if carriers[at] == 0 {
+                        ready.push(at);
+                    }
+                }
+            }
+        }
+        ready.extend((next < sockets.len()).then_some(next));
+    }
+    order
 }
 
 struct Assembly<'a, 'm> {
@@ -337,7 +370,12 @@ impl<'a> Assembly<'a, '_> {
     fn finish(&self, socket: &UnixSocket) -> Result<(), RestoreError> {
         use rustix::net::{Shutdown, shutdown};
         let fd = self.get(socket.inode)?;
-        if !matches!(socket.role, Role::Orphaned | Role::Listening { .. }) {
+        let is_shut_already = match socket.role {
+            Role::Orphaned => socket.kind != Kind::Datagram,
+            Role::Listening { .. } => true,
+            _ => false,
+        };
+        if !is_shut_already {
             for (wanted, how) in [(socket.read_shut, Shutdown::Read), (socket.write_shut, Shutdown::Write)] {
                 match if wanted { shutdown(fd, how) } else { Ok(()) } {
                     Ok(()) | Err(rustix::io::Errno::NOTCONN) => {}
@@ -468,11 +506,33 @@ mod tests {
 
     #[test]
     fn the_last_words_of_a_closed_peer_come_back() {
-        let mut sockets = [socket(1, Kind::Stream, Role::Orphaned)];
-        sockets[0].queue = vec![message(b"last words", None, &[])];
+        let mut sockets = [socket(1, Kind::Stream, Role::Orphaned), socket(2, Kind::Datagram, Role::Orphaned)];
+        for socket in &mut sockets {
+            socket.queue = vec![message(b"last words", None, &[])];
+        }
+        let mut made = made(&sockets);
         let mut text = String::new();
-        UnixStream::from(made(&sockets).remove(&0).unwrap()).read_to_string(&mut text).unwrap();
+        UnixStream::from(made.remove(&0).unwrap()).read_to_string(&mut text).unwrap();
         assert_eq!(text, "last words");
+        let datagrams = UnixDatagram::from(made.remove(&1).unwrap());
+        assert_eq!(datagrams.recv(&mut [0; 20]).unwrap(), 10);
+        assert!(datagrams.send(b"to nobody").is_err());
+    }
+
+    #[test]
+    fn sockets_within_sockets_are_sent_empty() {
+        let mut sockets: Vec<UnixSocket> =
+            (0..8).map(|at| socket(at, Kind::Datagram, Role::Connected { peer: at ^ 1 })).collect();
+        // 7 carries 5, which carries 3 twice, which carries 1; 0 carries itself.
+        for (carrier, rights) in [(7, vec![5]), (5, vec![3, 3]), (3, vec![1]), (0, vec![0])] {
+            sockets[carrier].queue = vec![message(b"x", None, &rights)];
+        }
+        let numbered: Vec<_> = sockets.iter().enumerate().collect();
+        let order = carriers_first(&numbered);
+        let place = |socket| order.iter().position(|at| *at == socket).unwrap();
+        assert_eq!(order.len(), 8);
+        assert!(place(7) < place(5) && place(5) < place(3) && place(3) < place(1));
+        assert_eq!(made(&sockets).len(), 8);
     }
 
     #[test]
