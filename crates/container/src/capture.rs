@@ -12,12 +12,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::cgroup::CgroupError;
 use crate::config::{Config, Name};
+use crate::fate::Fate;
 use crate::layer::{self, LayerError};
 use crate::link::{self, LinkError};
 use crate::registry::{Record, Registry, RegistryError};
 use crate::rootfs::{self, IdentityError};
 use crate::run::LOG_KEY;
 use crate::stop::{StopError, remove};
+use crate::terminal;
 
 /// Name of the section that holds the [`ContainerState`].
 pub const SECTION: &str = "container";
@@ -143,6 +145,7 @@ impl Source {
             unaccepted: self.unaccepted,
             leaves_running: self.leaves_running,
             memory: self.memory.clone(),
+            kept_terminal: self.record.config.terminal.then_some(terminal::NUMBER),
         })
     }
 
@@ -214,8 +217,10 @@ impl CapturedContainer {
         Ok(self.captured.release()?)
     }
 
-    /// Ends it and removes all of it here: it lives on in the checkpoint, or elsewhere.
-    pub fn end(mut self, registry: &Registry) -> Result<(), ContainerCaptureError> {
+    /// Ends it and removes all of it here: it lives on in the checkpoint, or elsewhere. Whoever has it in the foreground is
+    /// told its `fate`.
+    pub fn end(mut self, registry: &Registry, fate: &str) -> Result<(), ContainerCaptureError> {
+        Fate::tell(&registry.paths(&self.record.config.name), fate);
         // Sockets that are closed say so to their peers: nobody may hear it.
         if !self.disconnected {
             self.disconnect()?;

@@ -1,6 +1,6 @@
 //! Running another command in a container.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use limosa_kernel::namespace::{self, Kind};
 use limosa_kernel::spawn::{Exit, Held, Program, Spawn, Step};
@@ -9,7 +9,7 @@ use crate::cgroup::CgroupError;
 use crate::config::Name;
 use crate::registry::{Record, Registry, RegistryError};
 use crate::run::{Streams, stream_steps};
-use crate::terminal;
+use crate::terminal::{self, Manner};
 
 /// Runs `command` in the namespaces and control groups of the running container `name`, with our standard
 /// streams, or with a terminal of the container joined to ours; waits for its end.
@@ -44,7 +44,8 @@ pub fn exec(registry: &Registry, name: &Name, command: &[String], tty: bool) -> 
     let held = start_in(pid, Spawn { new_pid_namespace: false, steps, program: Some(program) })?;
     let process = held.release().map_err(refused)?;
     if let Some(outside) = outside {
-        terminal::join(&outside, &process, None).map_err(|source| ExecError::Terminal { source })?;
+        terminal::join(&outside, process.as_fd(), None, Manner::Foreground)
+            .map_err(|source| ExecError::Terminal { source })?;
     }
     process.wait().map_err(|source| ExecError::Start { source })
 }
@@ -74,7 +75,6 @@ impl Namespaces {
     }
 
     fn mount(&self) -> Result<BorrowedFd<'_>, ExecError> {
-        use std::os::fd::AsFd;
         let found = self.rest.iter().find(|(kind, _)| *kind == Kind::Mount);
         found.map(|(_, descriptor)| descriptor.as_fd()).ok_or(ExecError::Panicked)
     }

@@ -2,12 +2,13 @@
 //!
 //! Deliberately small: new pid, mount, net, ipc, uts, cgroup and time namespaces, an overlay of a read-only
 //! root and a writable layer, a veth pair into a bridge, a control group. No process of Limosa stays behind a
-//! running container. It isolates, but is no fence against hostile programs: they run as the host's root.
+//! running container, but the keeper of its terminal, if it has one. It isolates, but is no fence against hostile programs: they run as the host's root.
 
 mod capture;
 mod cgroup;
 mod config;
 mod exec;
+mod fate;
 mod foreground;
 mod link;
 mod logs;
@@ -26,7 +27,7 @@ pub use capture::{CapturedContainer, ContainerCaptureError, ContainerState, Sour
 pub use cgroup::{Cgroup, CgroupError};
 pub use config::{Address, Config, DEFAULT_PATH, Name, Network, ParseError, parse_size};
 pub use exec::{ExecError, exec};
-pub use foreground::{run_in_foreground, run_on_terminal};
+pub use foreground::{Ended, join_restored, run_detached_on_terminal, run_in_foreground, run_on_terminal};
 pub use limosa_archive as layer;
 pub use link::{INTERFACE, LinkError};
 pub use logs::{LogsError, copy_log};
@@ -38,6 +39,7 @@ pub use root::RootError;
 pub use run::{LOG_KEY, RunError, Started, Streams, run, start};
 pub use shell::{Shell, ShellError, ShellOptions};
 pub use stop::{StopError, remove, stop};
+pub use terminal::{AttachError, Attached, Keep, Keeper, attach};
 
 /// `bytes` random bytes as hexadecimal digits.
 fn random_hex(bytes: usize) -> String {

@@ -16,9 +16,11 @@ use rustix::process::Signal;
 
 use crate::capture::{ContainerCaptureError, ContainerState, Source};
 use crate::config::Name;
+use crate::fate::Fate;
 use crate::rebuild::{self, Changes, CheckedRoot, Prepared, RebuildError, Restored};
 use crate::registry::{Record, Registry};
 use crate::stop;
+use crate::terminal::Keep;
 
 /// How long a container must have looked alive, untraced and not killed, to have survived whoever was starting it.
 const QUIET: Duration = Duration::from_millis(300);
@@ -66,6 +68,8 @@ pub fn migrate<C: Connect>(
             .map_err(|error| MigrateError::Connect(Box::new(error)))?;
         Ok(Outgoing::connect(transport, &limits, watch)?.negotiate(&offer)?)
     })?;
+    let destination = connect.address().parse::<Address>().map(|address| address.redacted());
+    let fate = gone_to(destination.as_deref().unwrap_or("another host"));
     let frozen_at = report.elapsed_us();
     let mut captured = source.capture(registry, &mut outgoing, report).map_err(MigrateError::BrokenOff)?;
     let ready = match report.phase("destination builds", |_| outgoing.finish()) {
@@ -87,7 +91,7 @@ pub fn migrate<C: Connect>(
     match outcome {
         Ok(outcome) => {
             match &outcome {
-                Outcome::Moved(_) => report.phase("end", |_| captured.end(registry))?,
+                Outcome::Moved(_) => report.phase("end", |_| captured.end(registry, &fate))?,
                 Outcome::Kept { .. } => drop(captured.release()?),
                 // Sealed, it stays frozen without us, until somebody finds out.
                 Outcome::Unknown { .. } => drop(captured),
@@ -135,7 +139,10 @@ pub fn settle(registry: &Registry, store: &Store, record: &DepartureRecord) -> R
         Err(error) => return Err(error.into()),
     };
     match (&outcome, here) {
-        (Outcome::Moved(_), Some(_)) => stop::remove(registry, &name, true)?,
+        (Outcome::Moved(_), Some(_)) => {
+            Fate::tell(&registry.paths(&name), &gone_to(&address.redacted()));
+            stop::remove(registry, &name, true)?;
+        }
         (Outcome::Kept { .. }, Some(here)) => {
             here.connect()?;
             here.cgroup.freeze(false)?;
@@ -145,6 +152,11 @@ pub fn settle(registry: &Registry, store: &Store, record: &DepartureRecord) -> R
     }
     close(store, record.id);
     Ok(outcome)
+}
+
+/// What is said of a container that has moved.
+fn gone_to(destination: &str) -> String {
+    format!("it moved to {destination}")
 }
 
 /// A migration could not be settled.
@@ -219,6 +231,7 @@ pub struct Arrivals<'a> {
     registry: &'a Registry,
     staging: Staging,
     checked_root: Option<CheckedRoot>,
+    keep: Keep<'a>,
     /// What was built and when.
     pub report: Report,
     /// The container that was started, if one was.
@@ -226,10 +239,10 @@ pub struct Arrivals<'a> {
 }
 
 impl<'a> Arrivals<'a> {
-    /// A destination for one migration.
-    pub fn new(registry: &'a Registry) -> Result<Self, WriteError> {
+    /// A destination for one migration; `keep` keeps the terminal of a container that has one.
+    pub fn new(registry: &'a Registry, keep: Keep<'a>) -> Result<Self, WriteError> {
         let (staging, report) = (Staging::new()?, Report::default());
-        Ok(Self { registry, staging, checked_root: None, report, restored: None })
+        Ok(Self { registry, staging, checked_root: None, keep, report, restored: None })
     }
 
     /// All reasons against taking the container.
@@ -309,7 +322,7 @@ impl Destination for Arrivals<'_> {
     fn prepare(&mut self, offer: &Offer) -> Result<Self::Prepared, ArrivalError> {
         let staging = std::mem::replace(&mut self.staging, Staging::new()?);
         let checkpoint: Checkpoint = staging.into_checkpoint(Meta::new("", offer.cpu_features.clone()))?;
-        let prepared = rebuild::prepare_on(
+        let mut prepared = rebuild::prepare_on(
             self.registry,
             &checkpoint,
             Changes::default(),
@@ -319,6 +332,7 @@ impl Destination for Arrivals<'_> {
         if prepared.name().as_str() != offer.container {
             return Err(ArrivalError::OtherName);
         }
+        prepared.have_terminal_kept(self.keep)?;
         Ok(Box::new(prepared))
     }
 
@@ -418,7 +432,7 @@ mod tests {
     fn a_destination_without_the_features_objects() {
         let state = std::env::temp_dir().join("limosa-migration-test");
         let registry = Registry::new(&state);
-        let mut arrivals = Arrivals::new(&registry).unwrap();
+        let mut arrivals = Arrivals::new(&registry, &|_, _, _| unreachable!("nothing arrives")).unwrap();
         let mut offer = Offer::new(MigrationId::from_bytes([7; 16]), "web");
         let objections = |arrivals: &mut Arrivals, offer: &Offer| {
             let mut objections = arrivals.preflight(offer).unwrap_err();

@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use limosa_engine::resources::processor::Rule;
@@ -24,6 +25,7 @@ use crate::registry::{Init, Record, Registry, RegistryError, Reservation};
 use crate::rootfs::{self, Identity, IdentityError};
 use crate::run::{LOG_KEY, RunError, open_log};
 use crate::shell::{Shell, ShellError, ShellOptions};
+use crate::terminal::Keep;
 
 /// A container that is built and does not run. Dropped, all of it is removed.
 ///
@@ -177,6 +179,17 @@ impl Prepared {
         self.loaded.root()
     }
 
+    /// The master of its terminal, if it has one: it hangs up when that is closed.
+    pub fn take_terminal(&mut self) -> Option<OwnedFd> {
+        self.loaded.take_terminal()
+    }
+
+    /// Has its terminal, if it has one, kept by `keep`.
+    pub fn have_terminal_kept(&mut self, keep: Keep) -> Result<(), RebuildError> {
+        let Some(master) = self.take_terminal() else { return Ok(()) };
+        keep(master, self.pid(), self.name()).map_err(RebuildError::Terminal)
+    }
+
     /// Lets it run, reachable, and tells its neighbours where it is now.
     pub fn start(self, registry: &Registry, report: &mut Report) -> Result<Restored, RebuildError> {
         registry.save(&self.record)?;
@@ -215,6 +228,9 @@ pub enum RebuildError {
     /// Its log or first process.
     #[error(transparent)]
     Run(#[from] RunError),
+    /// Nobody keeps its terminal.
+    #[error("cannot have the container's terminal kept")]
+    Terminal(#[source] io::Error),
     /// Its writable layer.
     #[error("cannot put the container's writable layer back")]
     Layer(#[from] LayerError),

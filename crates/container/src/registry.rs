@@ -9,6 +9,8 @@
 //!     upper/  work/        the writable layer of the overlay, and overlayfs's workshop
 //!     merged/              where the root is mounted, in the container's mount namespace only
 //!     log                  standard output and error
+//!     terminal             socket of the keeper of its terminal
+//!     fate                 what became of it, for who has it in the foreground
 //! ```
 //! A directory without record whose lock nobody holds is what a killed Limosa left: [`Registry::sweep`].
 
@@ -90,6 +92,11 @@ impl Paths {
     /// The mount point of the container's root.
     pub fn merged(&self) -> PathBuf {
         self.directory.join("merged")
+    }
+
+    /// What became of it, where somebody wants to be told.
+    pub(crate) fn fate(&self) -> PathBuf {
+        self.directory.join("fate")
     }
 
     /// Its standard output and error.

@@ -54,6 +54,8 @@ pub struct Options {
     pub leaves_running: bool,
     /// How memory is captured.
     pub memory: MemoryMode,
+    /// The number in the tree's `/dev/pts` of a terminal whose master is kept outside the tree, for it.
+    pub kept_terminal: Option<u32>,
 }
 
 /// What becomes of connections that wait in a listening socket and that its program does not accept in time.
@@ -411,6 +413,7 @@ fn capture_descriptors(
         &mut network,
         queues,
     );
+    context.terminals.kept = options.kept_terminal;
     let descriptions = found
         .iter()
         .map(|view| {

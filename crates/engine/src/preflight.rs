@@ -188,6 +188,7 @@ fn descriptors(
         &mut network,
         HashMap::new(),
     );
+    context.terminals.kept = options.kept_terminal;
     // What many descriptors refer to, by dup(2) or fork(2), is refused once.
     let mut told = HashSet::new();
     for view in &found {

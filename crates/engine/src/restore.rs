@@ -159,7 +159,8 @@ impl<'a> Planned<'a> {
         build::build_all(&self.tree, self.checkpoint, &mut nursery, objects, report)?;
         let ipc = limosa_kernel::namespace::of_process(nursery.puppets[0].pid(), Kind::Ipc)?;
         shared_memory::remove_segments(&self.tree.shared_objects, ipc.as_fd())?;
-        Ok(Loaded { tree: self.tree, nursery, network })
+        let kept_terminal = terminal::kept(&self.tree.terminals, terminals);
+        Ok(Loaded { tree: self.tree, nursery, network, kept_terminal })
     }
 
     /// Makes the terminals, which must be there before the sessions that they control.
@@ -397,6 +398,7 @@ pub struct Loaded {
     tree: Tree,
     nursery: Nursery,
     network: Restored,
+    kept_terminal: Option<OwnedFd>,
 }
 
 /// A tree that runs.
@@ -432,6 +434,11 @@ impl Loaded {
             Ok(())
         })?;
         Ok(Started { root: self.nursery.puppets[0].pid() })
+    }
+
+    /// The master of the terminal that is kept outside the tree, for it. Without it the terminal hangs up.
+    pub fn take_terminal(&mut self) -> Option<OwnedFd> {
+        self.kept_terminal.take()
     }
 
     /// PID of the root in the controller's PID namespace.

@@ -217,7 +217,8 @@ impl Checkpoint {
         let captured = source.capture(&registry, &mut watched, report);
         let captured = watched.conclude(captured)?;
         self.conclude(writing, captured, report, CapturedContainer::release, |captured| {
-            captured.end(&registry)
+            let fate = format!("it was saved to {}", self.out.display());
+            captured.end(&registry, &fate)
         })
     }
 

@@ -17,6 +17,7 @@ use serde::Serialize;
 
 use crate::commands::carrying::NotAccepted;
 use crate::commands::posted::Posted;
+use crate::commands::terminal::have_kept;
 use crate::context::{Context, Outcome};
 use crate::progress;
 use crate::text;
@@ -205,7 +206,8 @@ impl Receive {
         registry.sweep()?;
         let store = store(context)?;
         let guard = Posted::new(context, None)?;
-        let mut arrivals = Arrivals::new(&registry)?;
+        let keep = |master, pid, name: &Name| have_kept(context, master, pid, name);
+        let mut arrivals = Arrivals::new(&registry, &keep)?;
         let received = match self.listen {
             None => {
                 let transport = Transport::stdio().context("standard input and output")?;

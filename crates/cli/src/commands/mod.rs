@@ -13,6 +13,7 @@ mod posted;
 mod restore;
 mod run;
 mod shells;
+mod terminal;
 
 use clap::Subcommand;
 use limosa_engine::resources::processor::Rule;
@@ -34,6 +35,9 @@ pub enum Command {
     Check(check::Check),
     Run(run::Run),
     Exec(exec::Exec),
+    Attach(terminal::Attach),
+    #[command(hide = true)]
+    Keeper(terminal::Keeper),
     Logs(logs::Logs),
     Ps(containers::Ps),
     Stop(containers::Stop),
@@ -57,6 +61,8 @@ impl Command {
             Self::Check(command) => command.execute(context),
             Self::Run(command) => command.execute(context),
             Self::Exec(command) => command.execute(context),
+            Self::Attach(command) => command.execute(context),
+            Self::Keeper(command) => command.execute(context),
             Self::Logs(command) => command.execute(context),
             Self::Ps(command) => command.execute(context),
             Self::Stop(command) => command.execute(context),

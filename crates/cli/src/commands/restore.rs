@@ -1,12 +1,13 @@
 //! `limosa restore`.
 
 use std::io::IsTerminal;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Args;
-use limosa_container::Changes;
+use limosa_container::{Changes, Restored};
 use limosa_engine::resources::processor;
 use limosa_engine::{Report, Times, restore};
 use limosa_image::Checkpoint;
@@ -40,7 +41,8 @@ pub struct Restore {
     #[arg(long)]
     name: Option<limosa_container::Name>,
 
-    /// Return when the tree runs; otherwise wait, pass signals on to it, and pass on its exit status.
+    /// Return when the tree runs; otherwise wait, pass signals on to it, and pass on its exit status. The terminal of a
+    /// container that has one is then connected to this one; with this option, `limosa attach` does that.
     #[arg(long)]
     detach: bool,
 
@@ -91,12 +93,17 @@ impl Restore {
         let signals = watched::hold_back();
         let (checkpoint, reading) = Reading::watch(checkpoint, signals);
         let lent = if self.detach || self.external.is_empty() { None } else { Lent::take()? };
-        let root = if limosa_container::holds_container(&checkpoint) {
-            self.container(context, &checkpoint, &reading, &mut report)?
-        } else {
-            self.process_tree(&checkpoint, &reading, lent.as_ref(), &mut report)?
-        };
-        self.conclude(context, root, report, signals)
+        if !limosa_container::holds_container(&checkpoint) {
+            let root = self.process_tree(&checkpoint, &reading, lent.as_ref(), &mut report)?;
+            return self.conclude(context, root, report, |root| wait_for(root, signals));
+        }
+        let (restored, terminal) = self.container(context, &checkpoint, &reading, &mut report)?;
+        self.conclude(context, restored.pid, report, |root| {
+            let Some(master) = terminal else { return wait_for(root, signals) };
+            let fate = limosa_container::join_restored(&context.registry(), &restored, &master)?;
+            super::terminal::say_fate(&restored.name, fate.as_deref());
+            wait_for(root, None)
+        })
     }
 
     fn process_tree(
@@ -132,7 +139,7 @@ impl Restore {
         checkpoint: &Checkpoint,
         reading: &Reading,
         report: &mut Report,
-    ) -> Result<i32, Failure> {
+    ) -> Result<(Restored, Option<OwnedFd>), Failure> {
         let registry = context.registry();
         let changes = Changes {
             name: self.name.clone(),
@@ -141,10 +148,20 @@ impl Restore {
             processor: self.cpu.into(),
         };
         let prepared = limosa_container::prepare(&registry, checkpoint, changes, report);
-        let prepared = reading.conclude(prepared)?;
+        let mut prepared = reading.conclude(prepared)?;
+        let keep = |master, pid, name: &limosa_container::Name| {
+            super::terminal::have_kept(context, master, pid, name)
+        };
+        let terminal = if self.detach {
+            prepared.have_terminal_kept(&keep)?;
+            None
+        } else {
+            prepared.take_terminal()
+        };
         let _guard = Posted::new(context, Some(prepared.name()))?;
         self.write_pidfile(prepared.pid())?;
-        Ok(prepared.start(&registry, report).inspect_err(|_| self.remove_pidfile())?.pid)
+        let restored = prepared.start(&registry, report).inspect_err(|_| self.remove_pidfile())?;
+        Ok((restored, terminal))
     }
 
     /// Before anything runs: a restore whose PID nobody learns is worse than none.
@@ -162,7 +179,13 @@ impl Restore {
     }
 
     /// Reports, and waits for the root's end if that is wanted.
-    fn conclude(self, context: &Context, root: i32, report: Report, signals: Option<&Signals>) -> Outcome {
+    fn conclude(
+        self,
+        context: &Context,
+        root: i32,
+        report: Report,
+        wait: impl FnOnce(i32) -> Outcome,
+    ) -> Outcome {
         self.trace.write(&report);
         let whole_us = report.elapsed_us();
         let times = Times {
@@ -184,7 +207,7 @@ impl Restore {
         if self.detach {
             return Ok(ExitCode::SUCCESS);
         }
-        wait_for(root, signals)
+        wait(root)
     }
 }
 

@@ -25,7 +25,8 @@ const NOT_FOUND: u8 = 127;
 #[command(after_help = "Examples:\n  \
     limosa run hello -- echo hello\n  \
     limosa run db --detach --net br0,ip=10.0.0.7/24,gw=10.0.0.1 --memory 1G -- redis-server --bind 0.0.0.0\n  \
-    limosa run shell --tty -- bash")]
+    limosa run shell --tty -- bash\n  \
+    limosa run shell --tty --detach -- bash")]
 pub struct Run {
     /// Name of the container, and its host name.
     name: Name,
@@ -46,8 +47,8 @@ pub struct Run {
     #[arg(long, short, value_name = "KEY=VALUE", value_parser = key_value)]
     env: Vec<(String, String)>,
 
-    /// Give the command a terminal, connected to this one.
-    #[arg(long, short, conflicts_with = "detach")]
+    /// Give the command a terminal, connected to this one; with --detach, to whichever `limosa attach` is called from.
+    #[arg(long, short)]
     tty: bool,
 
     /// Return when the command has started.
@@ -90,17 +91,25 @@ impl Run {
         };
         let registry = context.registry();
         if self.detach {
-            let started = limosa_container::run(&registry, &config).map_err(failure)?;
+            let keep = |master, pid, name: &Name| super::terminal::have_kept(context, master, pid, name);
+            let started = if self.tty {
+                limosa_container::run_detached_on_terminal(&registry, &config, &keep)
+            } else {
+                limosa_container::run(&registry, &config)
+            };
+            let started = started.map_err(failure)?;
             let report = Report { name: config.name, pid: started.process.pid() };
             context.report(&report, format_args!("{}\n", report.name))?;
             return Ok(ExitCode::SUCCESS);
         }
-        let exit = if self.tty {
+        let ended = if self.tty {
             limosa_container::run_on_terminal(&registry, &config)
         } else {
             limosa_container::run_in_foreground(&registry, &config)
         };
-        Ok(ExitCode::from(exit.map_err(failure)?.code()))
+        let ended = ended.map_err(failure)?;
+        super::terminal::say_fate(&config.name, ended.fate.as_deref());
+        Ok(ExitCode::from(ended.exit.code()))
     }
 }
 

@@ -11,6 +11,10 @@
 //! A terminal whose master is outside the tree, as that of a job of a shell, is carried if the caller names it
 //! (`--external`): the restored processes get the terminal that the caller of the restore names, with the settings of
 //! the former. Only a session of the tree's own would have it as controlling terminal; that it loses.
+//!
+//! The terminal of a container (`limosa run --tty`) is kept outside of it, too, but for it: it comes back with its number,
+//! size, settings and session, and whoever restores gets the master. What its programs have written is read where it was
+//! kept before, so nothing of that travels.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -59,6 +63,9 @@ pub struct Terminal {
     pub session: Option<i32>,
     /// The process group in the foreground.
     pub foreground: Option<i32>,
+    /// Whether the master is kept outside the tree, for it.
+    #[serde(default)]
+    pub kept: bool,
 }
 
 /// A descriptor of a pseudo-terminal.
@@ -87,8 +94,10 @@ pub struct External {
 /// The terminals of a tree while it is captured.
 #[derive(Debug, Default)]
 pub struct Terminals {
+    /// The number of the one whose master is kept outside, for the tree.
+    pub kept: Option<u32>,
     by_index: HashMap<u32, usize>,
-    terminals: Vec<Terminal>,
+    found: Vec<Terminal>,
 }
 
 /// The terminal's number, and whether the descriptor is its master.
@@ -138,9 +147,9 @@ impl DescriptorKind for TerminalEnd {
             Some(known) => *known,
             None => {
                 let state = Terminal::capture(index, view, context)?;
-                let terminal = context.terminals.terminals.len();
+                let terminal = context.terminals.found.len();
                 context.terminals.by_index.insert(index, terminal);
-                context.terminals.terminals.push(state);
+                context.terminals.found.push(state);
                 terminal
             }
         };
@@ -152,9 +161,9 @@ impl DescriptorKind for TerminalEnd {
         if is_external(view, index, context).is_some() {
             return Ok(());
         }
-        let (master, slave) = ends(index, view, context)?;
-        check_line(master)?;
-        check_queue(master, slave, poll(master)?).map(drop)
+        let ends = Ends::find(index, view, context)?;
+        check_line(ends.any)?;
+        ends.check_queue().map(drop)
     }
 
     fn rebuild(&self, flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
@@ -223,24 +232,28 @@ fn settings(modes: [u32; 6], characters: [u8; 19]) -> Settings {
 impl Terminal {
     /// Captures the terminal that `view` is an end of.
     fn capture(index: u32, view: &DescriptionView, context: &CaptureContext) -> Result<Self, CaptureError> {
-        let (master, slave) = ends(index, view, context)?;
-        let settings = check_line(master)?;
-        let Size { rows, columns, width, height } = terminal::size(&master.descriptor)?;
-        let polled = poll(master)?;
+        let ends = Ends::find(index, view, context)?;
+        let Ends { any, master, slave } = ends;
+        let settings = check_line(any)?;
+        let Size { rows, columns, width, height } = terminal::size(&any.descriptor)?;
+        let of_master = |look: fn(&OwnedFd) -> limosa_kernel::Result<bool>| {
+            Ok::<_, CaptureError>(master.map(|master| look(&master.descriptor)).transpose()?.unwrap_or(false))
+        };
         let node = slave.filter(|slave| rustix::fs::major(slave.stat.st_rdev) == SLAVES);
         Ok(Self {
             index,
             modes: modes(settings),
             characters: settings.characters,
             size: [rows, columns, width, height],
-            packet_mode: terminal::packet_mode(&master.descriptor)?,
-            locked: terminal::is_locked(&master.descriptor)?,
+            packet_mode: of_master(|master| terminal::packet_mode(master))?,
+            locked: of_master(|master| terminal::is_locked(master))?,
             exclusive: slave.map(|slave| terminal::is_exclusive(&slave.descriptor)).transpose()?.unwrap_or(false),
             slave: node.map(|node| (node.stat.st_mode & 0o7777, node.stat.st_uid, node.stat.st_gid)),
-            hung_up: polled.contains(PollFlags::HUP),
-            queue: queue(master, slave, polled)?.into(),
+            hung_up: master.map(poll).transpose()?.is_some_and(|polled| polled.contains(PollFlags::HUP)),
+            queue: ends.queue()?.into(),
             session: None,
             foreground: None,
+            kept: master.is_none(),
         })
     }
 }
@@ -251,23 +264,58 @@ fn poll(view: &DescriptionView) -> Result<PollFlags, CaptureError> {
     Ok(polled[0].revents())
 }
 
-/// The master of a terminal, and its slave if that is open.
-fn ends<'a>(
-    index: u32,
-    view: &DescriptionView,
-    context: &CaptureContext<'a>,
-) -> Result<(&'a DescriptionView<'a>, Option<&'a DescriptionView<'a>>), CaptureError> {
-    let descriptions = context.descriptions;
-    let of = |master| {
-        descriptions.iter().filter(move |other| matches!(end_of(other), Some(Ok(end)) if end == (index, master)))
-    };
-    let mut masters = of(true);
-    let master = masters.next().ok_or_else(|| outside(view))?;
-    if masters.next().is_some() {
-        let reason = format!("the tree has two terminals with the number {index}, of two /dev/pts");
-        return Err(view.refuse(reason, "close one of them").into());
+/// The ends of a terminal that are open in the tree.
+struct Ends<'a> {
+    /// One that there is: the master, or the slave of a terminal whose master is kept outside for the tree.
+    any: &'a DescriptionView<'a>,
+    master: Option<&'a DescriptionView<'a>>,
+    slave: Option<&'a DescriptionView<'a>>,
+}
+
+impl<'a> Ends<'a> {
+    fn find(index: u32, view: &DescriptionView, context: &CaptureContext<'a>) -> Result<Self, CaptureError> {
+        let descriptions = context.descriptions;
+        let of = |master| {
+            descriptions.iter().filter(move |other| matches!(end_of(other), Some(Ok(end)) if end == (index, master)))
+        };
+        let (mut masters, slave) = (of(true), of(false).next());
+        let master = masters.next();
+        if masters.next().is_some() {
+            let reason = format!("the tree has two terminals with the number {index}, of two /dev/pts");
+            return Err(view.refuse(reason, "close one of them").into());
+        }
+        let kept = slave.filter(|_| context.terminals.kept == Some(index));
+        let any = master.or(kept).ok_or_else(|| outside(view))?;
+        if master.is_none() && poll(any)?.contains(PollFlags::HUP) {
+            let reason = "whoever kept the container's terminal has closed it (it hung up)";
+            let remedy = "close it; what is to outlive its terminal is best run with --detach";
+            return Err(view.refuse(reason, remedy).into());
+        }
+        Ok(Self { any, master, slave })
     }
-    Ok((master, of(false).next()))
+
+    /// A refusal where more waits than can be carried.
+    fn check_queue(&self) -> Result<(), CaptureError> {
+        if let Some(slave) = self.slave
+            && terminal::waiting(&slave.descriptor)? > 0
+        {
+            let reason = "its program has not yet read what was typed";
+            return Err(slave.refuse(reason, "try again when it has").into());
+        }
+        let Some(master) = self.master else { return Ok(()) };
+        let waiting = terminal::waiting(&master.descriptor)?;
+        if waiting >= QUEUE || poll(master)?.contains(PollFlags::PRI) {
+            let reason = format!("{waiting} bytes or a change of its state wait to be read from it");
+            return Err(master.refuse(reason, "try again when the program that shows it has read them").into());
+        }
+        Ok(())
+    }
+
+    /// What the master could read. If it is kept outside, it does.
+    fn queue(&self) -> Result<Vec<u8>, CaptureError> {
+        self.check_queue()?;
+        Ok(self.master.map_or(Ok(Vec::new()), |master| terminal::copy_waiting(&master.descriptor))?)
+    }
 }
 
 /// The settings, if its line discipline is the one that terminals have.
@@ -282,38 +330,11 @@ fn check_line(master: &DescriptionView) -> Result<Settings, CaptureError> {
 
 /// The key of a terminal that is shown outside the tree.
 fn is_external(view: &DescriptionView, index: u32, context: &CaptureContext) -> Option<String> {
+    if context.terminals.kept == Some(index) {
+        return None;
+    }
     let shown = |other: &DescriptionView| matches!(end_of(other), Some(Ok(end)) if end == (index, true));
     if context.descriptions.iter().any(shown) { None } else { external_key(view, index, context) }
-}
-
-/// What the master could read.
-fn queue(
-    master: &DescriptionView,
-    slave: Option<&DescriptionView>,
-    polled: PollFlags,
-) -> Result<Vec<u8>, CaptureError> {
-    check_queue(master, slave, polled)?;
-    Ok(terminal::copy_waiting(&master.descriptor)?)
-}
-
-/// A refusal where more waits than can be carried.
-fn check_queue(
-    master: &DescriptionView,
-    slave: Option<&DescriptionView>,
-    polled: PollFlags,
-) -> Result<(), CaptureError> {
-    if let Some(slave) = slave
-        && terminal::waiting(&slave.descriptor)? > 0
-    {
-        let reason = "its program has not yet read what was typed";
-        return Err(slave.refuse(reason, "try again when it has").into());
-    }
-    let waiting = terminal::waiting(&master.descriptor)?;
-    if waiting >= QUEUE || polled.contains(PollFlags::PRI) {
-        let reason = format!("{waiting} bytes or a change of its state wait to be read from it");
-        return Err(master.refuse(reason, "try again when the program that shows it has read them").into());
-    }
-    Ok(())
 }
 
 impl Terminals {
@@ -322,7 +343,7 @@ impl Terminals {
         for view in views {
             let Some((_, index)) = view.stat.tty().filter(|(major, _)| *major == SLAVES) else { continue };
             let leads = view.status.ns_sid.last() == Some(&view.own_pid);
-            let Some(terminal) = self.by_index.get(&index).and_then(|known| self.terminals.get_mut(*known)) else {
+            let Some(terminal) = self.by_index.get(&index).and_then(|known| self.found.get_mut(*known)) else {
                 // Others have that of the session which they come back in.
                 if leads {
                     tracing::warn!(pid = view.pid, index, "its session's terminal is not in the tree and will be missing");
@@ -335,7 +356,7 @@ impl Terminals {
                 terminal.foreground = member.and_then(|member| member.status.ns_pgid.last().copied());
             }
         }
-        self.terminals
+        self.found
     }
 }
 
@@ -345,6 +366,12 @@ pub(crate) struct Rebuilt {
     pub(crate) master: OwnedFd,
     /// Kept until the tree has its own descriptors, if it has any or had.
     pub(crate) slave: Option<OwnedFd>,
+}
+
+/// The master of the terminal that is kept outside the tree, for whoever restores it.
+pub(crate) fn kept(terminals: &[Terminal], rebuilt: Vec<Rebuilt>) -> Option<OwnedFd> {
+    let mut pairs = terminals.iter().zip(rebuilt);
+    pairs.find(|(terminal, _)| terminal.kept).map(|(_, rebuilt)| rebuilt.master)
 }
 
 /// Makes all terminals again in the `/dev/pts` of `root`.
