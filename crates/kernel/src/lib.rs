@@ -12,6 +12,7 @@ mod guarded;
 pub mod handle;
 pub mod memory;
 pub mod mount;
+pub mod mqueue;
 pub mod namespace;
 pub mod net;
 pub mod pagemap;
