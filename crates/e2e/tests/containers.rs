@@ -1,10 +1,11 @@
 //! Programs in a container of `limosa run`, with clients outside that hold their connections: checkpointed, ended and
 //! restored on one host, then migrated to another host and back.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use limosa_e2e::contained::Contained;
 use limosa_e2e::programs::{Bash, Nginx, Postgres, Program, Python, Redis};
 use limosa_e2e::sandbox::sandboxed;
+use limosa_e2e::target::Target;
 
 /// The clients notice nothing of a checkpoint and restore, a migration, and a migration back.
 fn travel(container: &Contained, program: &mut dyn Program) -> Result<()> {
@@ -42,6 +43,40 @@ fn python() {
     sandboxed(|sandbox| {
         let container = Contained::new(sandbox)?;
         travel(&container, &mut Python::start(&container)?)?;
+        container.end()
+    });
+}
+
+/// Each time anew, monitors are told once that they have missed messages.
+#[test]
+fn netlink_sockets() {
+    sandboxed(|sandbox| {
+        let container = Contained::new(sandbox)?;
+        let target = Target::start(&container, "netlink", &[])?;
+        let told_once = || -> Result<()> {
+            for wanted in ["3 monitors", "0 monitors"] {
+                let said = target.verify()?;
+                ensure!(said.starts_with(wanted), "{said} instead of {wanted}");
+            }
+            Ok(())
+        };
+        container.checkpoint_and_restore()?;
+        told_once().context("restored on the same host")?;
+        container.migrate()?;
+        told_once().context("migrated")?;
+        container.end()
+    });
+}
+
+#[test]
+fn descriptors_in_flight() {
+    sandboxed(|sandbox| {
+        let container = Contained::new(sandbox)?;
+        let target = Target::start(&container, "in-flight", &[])?;
+        container.checkpoint_and_restore()?;
+        target.verify().context("restored on the same host")?;
+        container.migrate()?;
+        target.verify().context("migrated")?;
         container.end()
     });
 }

@@ -39,6 +39,7 @@ hostile! {
     files: "files";
     unix_sockets: "sockets-unix";
     descriptors_in_flight: "in-flight";
+    netlink: "netlink";
     shared_memory: "memory-shared";
     timers: "timers";
 }

@@ -75,6 +75,7 @@ round_trips! {
     unix_connections_not_accepted: "sockets-unix" "silent";
     peers_of_unix_sockets: "sockets-peers";
     descriptors_in_flight: "in-flight";
+    netlink_sockets: "netlink";
     one_descriptor_in_flight: "sockets-unix" "in-flight";
 }
 
@@ -85,6 +86,8 @@ refusals! {
     an_epoll_in_flight_behind_others_is_refused: "in-flight" ["watching" "behind"] "it is only in flight";
     a_descriptor_in_flight_that_sends_signals_is_refused: "in-flight" ["signals"] "it sends signals";
     a_changed_vdso_is_refused: "vdso" ["changed"] "changed its code";
+    an_answer_of_netlink_is_refused: "netlink" ["unread"] "answers of the kernel that are not read";
+    a_netfilter_socket_is_refused: "netlink" ["netfilter"] "a netlink socket of protocol 12";
     io_uring_is_refused: "refused" ["io-uring"] "it is an io_uring";
     userfaultfd_is_refused: "refused" ["userfaultfd"] "it is a userfaultfd";
     fanotify_is_refused: "refused" ["fanotify"] "it is a fanotify group";
@@ -124,6 +127,34 @@ fn what_is_in_flight_is_checked_while_it_runs() {
             target.quit()?;
             sandbox.end_all()?;
         }
+        Ok(())
+    });
+}
+
+/// A monitor that was away has missed messages, and is told once; a checkpoint that leaves it running tells it nothing.
+#[test]
+fn monitors_are_told_that_they_have_missed_messages() {
+    sandboxed(|sandbox| {
+        let target = Target::start(sandbox, "netlink", &[])?;
+        let out = sandbox.path("out");
+        limosa::checkpoint(sandbox, target.root(), &sandbox.path("kept"), Source::GoesOn, &[])?
+            .success("checkpoint")?;
+        ensure!(target.verify()?.starts_with("0 monitors"), "the source was told");
+        limosa::checkpoint(sandbox, target.root(), &out, Source::Ends, &[])?.success("checkpoint")?;
+        wait_until_alone()?;
+        limosa::restore(sandbox, &out, &[])?;
+        for wanted in ["3 monitors", "0 monitors"] {
+            let said = target.verify()?;
+            ensure!(said.starts_with(wanted), "{said} instead of {wanted}");
+        }
+        sandbox.end_all()?;
+        // A port ID that another has is named.
+        let port = target.root().as_raw_pid().to_string();
+        let other = Target::start(sandbox, "netlink", &["port", &port])?;
+        let error =
+            limosa::restore(sandbox, &out, &[]).err().map(|error| format!("{error:#}")).unwrap_or_default();
+        ensure!(error.contains("port ID") && error.contains("another process"), "{error}");
+        other.quit()?;
         Ok(())
     });
 }

@@ -277,6 +277,7 @@ descriptor_kinds! {
     tcp: Tcp(tcp::Tcp),
     udp: Udp(udp::Udp),
     unix_socket: UnixSocket(unix_socket::UnixSocket),
+    netlink: Netlink(netlink::Netlink),
     other_socket: OtherSocket(other_socket::OtherSocket),
     terminal: Terminal(terminal::TerminalEnd),
     pipe: Pipe(pipe::Pipe),

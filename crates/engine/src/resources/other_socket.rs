@@ -41,10 +41,6 @@ impl DescriptorKind for OtherSocket {
 
 fn refusal(domain: i32, kind: i32) -> (String, &'static str) {
     match domain {
-        libc::AF_NETLINK => (
-            "it is a netlink socket, whose subscriptions and unread answers the kernel does not give out".into(),
-            "have the process close it (it is opened anew at the next question) and try again",
-        ),
         libc::AF_PACKET => (
             "it is a packet socket, whose filter and rings belong to this machine's interfaces".into(),
             "stop the capture (tcpdump, DHCP client) in the container and try again",

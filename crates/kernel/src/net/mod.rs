@@ -9,6 +9,7 @@ pub mod rtnetlink;
 
 pub mod inject;
 pub mod multicast;
+pub mod netlink_socket;
 pub mod nft;
 pub mod peek;
 pub mod peer;
@@ -25,6 +26,7 @@ mod netlink;
 #[doc(hidden)]
 pub fn feed(bytes: &[u8]) {
     multicast::feed(&String::from_utf8_lossy(bytes));
+    netlink_socket::feed(bytes);
     sock_diag::feed(bytes);
     let _ = rtnetlink::parse_answers(bytes);
     let _ = peer::parse_credentials(bytes);

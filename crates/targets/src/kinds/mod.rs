@@ -17,6 +17,7 @@ mod memory_huge;
 mod memory_shared;
 mod misc;
 mod multicast;
+mod netlink;
 mod odd_files;
 mod pipes;
 mod refused;
@@ -73,6 +74,7 @@ const KINDS: &[(&str, SetUp)] = &[
     ("memory-shared", memory_shared::set_up),
     ("misc", misc::set_up),
     ("multicast", multicast::set_up),
+    ("netlink", netlink::set_up),
     ("odd-files", odd_files::set_up),
     ("pipes", pipes::set_up),
     ("refused", refused::set_up),

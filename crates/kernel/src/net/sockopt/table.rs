@@ -45,6 +45,9 @@ pub(super) enum Family {
     /// UDP over IPv6.
     Udp6,
     Unix,
+    Netlink,
+    /// Unix and netlink.
+    Credentials,
 }
 
 pub(super) struct Known {
@@ -67,7 +70,7 @@ const fn known(
     Known { level, name, label, family, shape, phase }
 }
 
-use Family::{Any, Inet, Inet6, Tcp, Udp, Udp6, Unix};
+use Family::{Any, Credentials, Inet, Inet6, Netlink, Tcp, Udp, Udp6, Unix};
 use Phase::{BeforeBind, Last};
 use Shape::{Algorithm, Blob, Buffer, Bytes, Filter, Int, Interface, Ones, SegmentSize, Text, Tuned};
 
@@ -75,6 +78,7 @@ pub(super) const SOCKET: i32 = libc::SOL_SOCKET;
 const IP: i32 = libc::IPPROTO_IP;
 const IP6: i32 = libc::IPPROTO_IPV6;
 pub(super) const TCP: i32 = libc::IPPROTO_TCP;
+const NETLINK: i32 = 270;
 const UDP: i32 = libc::IPPROTO_UDP;
 
 /// `SO_BUF_LOCK` (Linux 5.14): which buffer sizes the user fixed. Source: `asm-generic/socket.h`.
@@ -101,9 +105,9 @@ pub(super) static TABLE: &[Known] = &[
     known(SOCKET, libc::SO_OOBINLINE, "SO_OOBINLINE", Any, Int(0), Last),
     known(SOCKET, libc::SO_DONTROUTE, "SO_DONTROUTE", Inet, Int(0), Last),
     known(SOCKET, libc::SO_NO_CHECK, "SO_NO_CHECK", Inet, Int(0), Last),
-    known(SOCKET, libc::SO_PASSCRED, "SO_PASSCRED", Unix, Int(0), Last),
-    known(SOCKET, libc::SO_PASSSEC, "SO_PASSSEC", Unix, Int(0), Last),
-    known(SOCKET, 76, "SO_PASSPIDFD", Unix, Int(0), Last),
+    known(SOCKET, libc::SO_PASSCRED, "SO_PASSCRED", Credentials, Int(0), Last),
+    known(SOCKET, libc::SO_PASSSEC, "SO_PASSSEC", Credentials, Int(0), Last),
+    known(SOCKET, 76, "SO_PASSPIDFD", Credentials, Int(0), Last),
     known(SOCKET, 83, "SO_PASSRIGHTS", Unix, Int(1), Last),
     known(SOCKET, 84, "SO_INQ", Unix, Int(0), Last),
     // Each of these sets a flag that the others read; the order keeps the strongest.
@@ -127,6 +131,13 @@ pub(super) static TABLE: &[Known] = &[
     known(SOCKET, libc::SO_ATTACH_FILTER, "SO_ATTACH_FILTER", Any, Filter, Last),
     // After the filter, which it makes final.
     known(SOCKET, libc::SO_LOCK_FILTER, "SO_LOCK_FILTER", Any, Int(0), Last),
+    known(NETLINK, 3, "NETLINK_PKTINFO", Netlink, Int(0), Last),
+    known(NETLINK, 4, "NETLINK_BROADCAST_ERROR", Netlink, Int(0), Last),
+    known(NETLINK, 5, "NETLINK_NO_ENOBUFS", Netlink, Int(0), Last),
+    known(NETLINK, 8, "NETLINK_LISTEN_ALL_NSID", Netlink, Int(0), Last),
+    known(NETLINK, 10, "NETLINK_CAP_ACK", Netlink, Int(0), Last),
+    known(NETLINK, 11, "NETLINK_EXT_ACK", Netlink, Int(0), Last),
+    known(NETLINK, 12, "NETLINK_GET_STRICT_CHK", Netlink, Int(0), Last),
     known(IP, libc::IP_FREEBIND, "IP_FREEBIND", Inet, Int(0), BeforeBind),
     known(IP, libc::IP_TRANSPARENT, "IP_TRANSPARENT", Inet, Int(0), BeforeBind),
     known(IP, 24, "IP_BIND_ADDRESS_NO_PORT", Inet, Int(0), BeforeBind),

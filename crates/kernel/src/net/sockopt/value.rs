@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use super::table::Family::{Any, Inet, Inet6, Tcp, Udp, Udp6, Unix};
+use super::table::Family::{Any, Credentials, Inet, Inet6, Netlink, Tcp, Udp, Udp6, Unix};
 use super::table::Known;
 use super::table::Shape::{
     Algorithm, Blob, Buffer, Bytes, Filter, Int, Interface, Ones, SegmentSize, Text, Tuned,
@@ -36,6 +36,8 @@ impl Known {
             Udp => inet && kind.protocol == libc::IPPROTO_UDP,
             Udp6 => kind.domain == libc::AF_INET6 && kind.protocol == libc::IPPROTO_UDP,
             Unix => kind.domain == libc::AF_UNIX,
+            Netlink => kind.domain == libc::AF_NETLINK,
+            Credentials => matches!(kind.domain, libc::AF_UNIX | libc::AF_NETLINK),
         }
     }
 
