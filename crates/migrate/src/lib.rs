@@ -46,6 +46,7 @@ mod tls;
 mod totals;
 pub mod transport;
 pub mod version;
+mod word;
 
 pub use address::{Address, AddressError, ConnectError};
 pub use content::ContentError;
@@ -63,3 +64,4 @@ pub use session::PeerError;
 pub use ssh::{REMOTE_VARIABLE, SSH_VARIABLE};
 pub use ticket::{Ticket, TicketError};
 pub use transport::Transport;
+pub use word::{MAX_WORD, Word, WordError};

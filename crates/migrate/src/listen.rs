@@ -181,8 +181,9 @@ impl Listener {
     /// What another process needs to answer in this one's place, and the socket to do it on.
     pub fn legacy(&self) -> Result<(Legacy, OwnedFd), ListenError> {
         let (identity, ticket) = (&self.identity, self.ticket.to_string());
-        let legacy =
-            Legacy { certificate: identity.certificate().to_vec(), key: identity.key().to_vec(), ticket };
+        let answering_ms = u64::try_from(self.limits.outcome.as_millis()).unwrap_or(u64::MAX);
+        let (certificate, key) = (identity.certificate().to_vec(), identity.key().to_vec());
+        let legacy = Legacy { certificate, key, ticket, answering_ms };
         let socket = self.socket.try_clone();
         socket
             .map(|socket| (legacy, socket.into()))
@@ -208,14 +209,17 @@ pub struct Legacy {
     /// PKCS #8.
     key: Vec<u8>,
     ticket: String,
+    /// For how long its questions are answered, in milliseconds.
+    answering_ms: u64,
 }
 
 /// Answers in the place of a listener that died.
 pub struct Heir(Listener);
 
 impl Heir {
-    /// The heir of the listener that had this socket.
-    pub fn new(legacy: Legacy, socket: OwnedFd, limits: Limits) -> Result<Self, HeirError> {
+    /// The heir of the listener that had this socket. Of the limits, `outcome` is the listener's.
+    pub fn new(legacy: Legacy, socket: OwnedFd, mut limits: Limits) -> Result<Self, HeirError> {
+        limits.outcome = Duration::from_millis(legacy.answering_ms);
         let socket = TcpListener::from(socket);
         let address = socket.local_addr().map_err(HeirError::Socket)?;
         let identity = Identity::of(legacy.certificate, legacy.key).map_err(HeirError::Key)?;
@@ -223,8 +227,8 @@ impl Heir {
         Ok(Self(Listener { socket, address, identity, ticket, options, limits, since }))
     }
 
-    /// Answers what became of the dead listener's migration, until the source has noted it or `limits.outcome` has
-    /// passed. `remains` finds out what became of a container that was being started ([`Destination::remains`]).
+    /// Answers what became of the dead listener's migration, until the source has noted it or the time has
+    /// passed that the listener would have stayed. `remains` finds out what became of a container that was being started ([`Destination::remains`]).
     pub fn answer(
         &self,
         store: &Store,

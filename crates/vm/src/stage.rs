@@ -45,9 +45,18 @@ impl<'sandbox> Stage<'sandbox> {
 
     /// `limosa receive` on a machine, and the destination that it prints.
     pub fn receive<'machine>(&self, on: &'machine Machine) -> Result<(Running<'machine>, String)> {
+        self.receive_with(on, &[])
+    }
+
+    /// Likewise, with more options.
+    pub fn receive_with<'machine>(
+        &self,
+        on: &'machine Machine,
+        options: &[&str],
+    ) -> Result<(Running<'machine>, String)> {
         let card = self.cards.iter().find(|card| card.name() == on.name).context("no card of that name")?;
         let listen = format!("{}:0", card.address());
-        let receiver = on.begin(["limosa", "receive", "--listen", &listen])?;
+        let receiver = on.begin([&["limosa", "receive", "--listen", &listen], options].concat())?;
         let ticket = |text: &str| text.lines().find(|line| line.starts_with("limosa://")).map(str::to_owned);
         let destination = receiver.out(PATIENCE, ticket)?;
         Ok((receiver, destination))

@@ -15,13 +15,14 @@ use std::io;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use clap::Args;
 use limosa_container::{Name, migration};
 use limosa_engine::twin;
-use limosa_migrate::{Heir, Limits, MigrationId, Note, Outcome as MigrationOutcome};
+use limosa_migrate::{Heir, Limits, MigrationId, Note, Outcome as MigrationOutcome, Word};
 
 use super::migrate::store;
-use super::posted::Word;
+use super::posted;
 use crate::context::{Context, Outcome};
 
 /// For how long a guard asks for an outcome. After that the destination's answer would have to be asked for elsewhere.
@@ -46,14 +47,15 @@ impl Guard {
         let _ = rustix::process::setsid();
         let (mut heir, mut asked) = (None, None);
         loop {
-            match Word::hear(io::stdin())? {
+            match posted::hear(io::stdin())? {
                 None => break,
-                Some(Word::Ended) => return Ok(ExitCode::SUCCESS),
-                Some(Word::Legacy(legacy, socket)) => {
+                Some((Word::Ended, _)) => return Ok(ExitCode::SUCCESS),
+                Some((Word::Legacy(legacy), socket)) => {
+                    let socket = socket.context("what a receiver leaves, without its socket")?;
                     heir = Some(Heir::new(legacy, socket, Limits::default())?);
                 }
-                Some(Word::Note(Note::MayAsk(id))) => asked = Some(id),
-                Some(Word::Note(Note::Knows)) => asked = None,
+                Some((Word::Note(Note::MayAsk(id)), _)) => asked = Some(id),
+                Some((Word::Note(Note::Knows), _)) => asked = None,
             }
         }
         // A failure to remove remains is no reason to leave the source without an answer.

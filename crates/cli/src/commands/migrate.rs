@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
@@ -177,12 +178,18 @@ impl Settle {
 /// Without --listen it speaks on standard input and output: `limosa migrate NAME ssh://HOST` runs it so.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  limosa receive --listen 192.0.2.7:4000\n  limosa receive --listen [::]:0"
+    after_help = "Examples:\n  limosa receive --listen 192.0.2.7:4000\n  limosa receive --listen [::]:0\n  limosa receive --listen [::]:4000 --answer-for 3600"
 )]
 pub struct Receive {
     /// Listen here, and print a one-time ticket for the source.
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
+
+    /// For how long to stay if the source is lost when it may already have given up the container: until it has asked
+    /// here what became of it, it keeps the container frozen.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, requires = "listen",
+          value_parser = clap::value_parser!(u64).range(..=7 * 24 * 3600))]
+    answer_for: u64,
 
     /// How progress is shown on standard error, when listening.
     #[arg(long, value_enum, default_value_t)]
@@ -220,7 +227,8 @@ impl Receive {
                 )?
             }
             Some(address) => {
-                let listener = Listener::bind(address, ListenOptions::default(), Limits::default())?;
+                let limits = Limits { outcome: Duration::from_secs(self.answer_for), ..Limits::default() };
+                let listener = Listener::bind(address, ListenOptions::default(), limits)?;
                 guard.bequeath(&listener)?;
                 let destination = listener.destination(address.ip().to_string());
                 context.announce(&Ticket { destination: destination.address() }, destination.address())?;

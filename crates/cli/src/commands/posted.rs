@@ -1,11 +1,4 @@
-//! What a command tells the guard that it posted: words on a socket of datagrams, the guard's standard input.
-//!
-//! | word | then | with |
-//! | --- | --- | --- |
-//! | `.` | | | the command has ended: nothing is to be done |
-//! | `L` | a [`Legacy`], CBOR | a listening socket | what a receiver needs to be answered for |
-//! | `A` | the migration's id, 32 digits | | its source may come to ask |
-//! | `K` | | | the source knows the outcome |
+//! What a command tells the guard that it posted: [`Word`]s on a socket of datagrams, the guard's standard input.
 
 use std::ffi::OsString;
 use std::io::{IoSlice, IoSliceMut};
@@ -15,58 +8,37 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::Context as _;
 use limosa_container::Name;
-use limosa_image::cbor;
-use limosa_migrate::{Legacy, Listener, Note};
+use limosa_migrate::{Listener, MAX_WORD, Note, Word};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
 
 use crate::context::Context;
 
-/// No word is longer, in bytes.
-const MAX_WORD: usize = 64 << 10;
-
-/// What a guard is told.
-pub enum Word {
-    /// It is not needed.
-    Ended,
-    /// What it needs to answer in the place of the receiver, should that die.
-    Legacy(Legacy, OwnedFd),
-    /// Whether somebody will ask.
-    Note(Note),
-}
-
-impl Word {
-    /// The next word; none when whoever could say one is dead.
-    pub fn hear(socket: impl AsFd) -> anyhow::Result<Option<Self>> {
-        let mut bytes = vec![0; MAX_WORD];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let received = loop {
-            let mut parts = [IoSliceMut::new(&mut bytes)];
-            match rustix::net::recvmsg(&socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
-                Err(Errno::INTR) => {}
-                // The other end died with something unread.
-                Err(Errno::CONNRESET) => return Ok(None),
-                result => break result.context("listening for a word")?,
-            }
-        };
-        anyhow::ensure!(!received.flags.contains(ReturnFlags::TRUNC), "a word longer than any");
-        let descriptor = control.drain().find_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
-            _ => None,
-        });
-        let word = bytes.get(..received.bytes).unwrap_or_default();
-        Ok(match (word.split_first(), descriptor) {
-            (None, _) => None,
-            (Some((b'.', [])), None) => Some(Self::Ended),
-            (Some((b'L', legacy)), Some(socket)) => Some(Self::Legacy(cbor::decode(legacy)?, socket)),
-            (Some((b'A', id)), None) => Some(Self::Note(Note::MayAsk(std::str::from_utf8(id)?.parse()?))),
-            (Some((b'K', [])), None) => Some(Self::Note(Note::Knows)),
-            (Some((first, _)), _) => anyhow::bail!("a word that begins with {first:#04x} and makes no sense"),
-        })
+/// The next word, and the socket that came with it; none when whoever could say one is dead.
+pub fn hear(socket: impl AsFd) -> anyhow::Result<Option<(Word, Option<OwnedFd>)>> {
+    // A byte more than any word has, so that none is taken for its beginning.
+    let mut bytes = vec![0; MAX_WORD + 1];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = loop {
+        let mut parts = [IoSliceMut::new(&mut bytes)];
+        match rustix::net::recvmsg(&socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            Err(Errno::INTR) => {}
+            // The other end died with something unread.
+            Err(Errno::CONNRESET) => return Ok(None),
+            result => break result.context("listening for a word")?,
+        }
+    };
+    let descriptor = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
+        _ => None,
+    });
+    match bytes.get(..received.bytes) {
+        None | Some([]) => Ok(None),
+        Some(word) => Ok(Some((Word::parse(word)?, descriptor))),
     }
 }
 
@@ -106,36 +78,33 @@ impl Posted {
     /// Leaves to the guard what it needs to answer in the place of `listener`, should this process die.
     pub fn bequeath(&self, listener: &Listener) -> anyhow::Result<()> {
         let (legacy, socket) = listener.legacy()?;
-        let mut word = vec![b'L'];
-        word.extend(cbor::encode(&legacy)?);
-        self.say(&word, Some(&socket)).context("leaving the listening socket to a guard")
+        self.say(&Word::Legacy(legacy), Some(&socket)).context("leaving the listening socket to a guard")
     }
 
     /// Tells the guard whether the source may come to ask.
     pub fn note(&self, note: Note) {
-        let said = match note {
-            Note::MayAsk(id) => self.say(format!("A{id}").as_bytes(), None),
-            Note::Knows => self.say(b"K", None),
-        };
+        let said = self.say(&Word::Note(note), None);
         if let Err(error) = said {
             tracing::warn!(%error, "the guard is gone: nobody answers the source if this process is killed, too");
         }
     }
 
-    fn say(&self, word: &[u8], descriptor: Option<&OwnedFd>) -> rustix::io::Result<()> {
+    fn say(&self, word: &Word, descriptor: Option<&OwnedFd>) -> anyhow::Result<()> {
+        let word = word.encode()?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         let rights: Vec<_> = descriptor.iter().map(|descriptor| descriptor.as_fd()).collect();
         if !rights.is_empty() {
             control.push(SendAncillaryMessage::ScmRights(&rights));
         }
-        rustix::net::sendmsg(&self.socket, &[IoSlice::new(word)], &mut control, SendFlags::NOSIGNAL).map(drop)
+        rustix::net::sendmsg(&self.socket, &[IoSlice::new(&word)], &mut control, SendFlags::NOSIGNAL)?;
+        Ok(())
     }
 }
 
 impl Drop for Posted {
     fn drop(&mut self) {
-        let _ = self.say(b".", None);
+        let _ = self.say(&Word::Ended, None);
         let _ = self.guard.wait();
     }
 }
