@@ -136,6 +136,8 @@ fn long(bytes: &[u8], at: usize) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     /// The vDSO of the kernel that the test runs on.
@@ -166,21 +168,28 @@ mod tests {
         }
     }
 
-    /// Whatever is cut or overwritten: no panic, and nothing outside of the bytes.
+    /// No panic, and nothing outside of the bytes.
+    fn check(image: &[u8]) {
+        assert!(crate::elf_extent(image).is_none_or(|extent| extent <= image.len()));
+        let Some(vdso) = VdsoImage::parse(image) else { return };
+        assert!(vdso.code.iter().all(|code| code.start <= code.end && code.end <= image.len()));
+        for function in &vdso.functions {
+            let end = function.offset.checked_add(function.room).unwrap();
+            assert!(
+                vdso.code.iter().any(|code| code.start <= function.offset && end <= code.end),
+                "{function:?}"
+            );
+        }
+        assert!(vdso.functions.windows(2).all(|pair| pair[0].offset + pair[0].room <= pair[1].offset));
+    }
+
     #[test]
     fn a_damaged_one_is_refused_or_stays_inside() {
         let whole = own();
-        let check = |image: &[u8]| {
-            let Some(vdso) = VdsoImage::parse(image) else { return };
-            assert!(vdso.code.iter().all(|code| code.start <= code.end && code.end <= image.len()));
-            assert!(vdso.functions.iter().all(|function| function.offset + function.room <= image.len()));
-        };
         for length in (0..whole.len()).step_by(37) {
             check(&whole[..length]);
         }
-        let sections = long(&whole, 40).unwrap() as usize;
-        let headers = (0..64).chain(sections..whole.len().min(sections + 17 * 64)).chain(0x1d0..0x340);
-        for at in headers {
+        for at in headers(&whole) {
             for value in [0, 1, 0x7f, 0xff] {
                 let mut image = whole.clone();
                 image[at] = value;
@@ -189,6 +198,40 @@ mod tests {
                 image[at..end].fill(value);
                 check(&image);
             }
+        }
+    }
+
+    /// Where the ELF header, the sections' headers, the symbols and their names are.
+    fn headers(image: &[u8]) -> impl Iterator<Item = usize> + use<> {
+        let sections = long(image, 40).unwrap() as usize;
+        (0..64).chain(sections..image.len().min(sections + 17 * 64)).chain(0x1d0..0x340)
+    }
+
+    /// A number that is likely to be a length, an offset or a count beyond what there is.
+    fn odd_number() -> impl Strategy<Value = u64> {
+        prop_oneof![any::<u64>(), 0..0x3000_u64, Just(u64::MAX), (0..64_u32).prop_map(|bit| 1 << bit)]
+    }
+
+    proptest! {
+        #[test]
+        fn several_forged_numbers_are_refused_or_stay_inside(
+            forged in prop::collection::vec((any::<prop::sample::Index>(), 1..=8_usize, odd_number()), 1..6)
+        ) {
+            let mut image = own();
+            let places: Vec<usize> = headers(&image).collect();
+            for (place, width, number) in forged {
+                let at = *place.get(&places);
+                let end = (at + width).min(image.len());
+                let length = end - at;
+                image[at..end].copy_from_slice(&number.to_le_bytes()[..length]);
+            }
+            check(&image);
+        }
+
+        #[test]
+        fn bytes_behind_the_magic_of_one_are_refused_or_stay_inside(rest: Vec<u8>) {
+            check(&rest);
+            check(&[b"\x7fELF\x02".as_slice(), &rest].concat());
         }
     }
 }
