@@ -68,15 +68,30 @@ fn netlink_sockets() {
     });
 }
 
+fn state_of(container: &Contained, kind: &str) -> Result<()> {
+    let target = Target::start(container, kind, &[])?;
+    container.checkpoint_and_restore()?;
+    target.verify().context("restored on the same host")?;
+    container.migrate()?;
+    target.verify().context("migrated")?;
+    Ok(())
+}
+
 #[test]
 fn descriptors_in_flight() {
     sandboxed(|sandbox| {
         let container = Contained::new(sandbox)?;
-        let target = Target::start(&container, "in-flight", &[])?;
-        container.checkpoint_and_restore()?;
-        target.verify().context("restored on the same host")?;
-        container.migrate()?;
-        target.verify().context("migrated")?;
+        state_of(&container, "in-flight")?;
+        container.end()
+    });
+}
+
+/// The datagrams of a container once came back in the network namespace of the host, if at all.
+#[test]
+fn queues_of_udp_sockets() {
+    sandboxed(|sandbox| {
+        let container = Contained::new(sandbox)?;
+        state_of(&container, "udp-queues")?;
         container.end()
     });
 }

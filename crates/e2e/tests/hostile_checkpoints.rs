@@ -40,6 +40,7 @@ hostile! {
     unix_sockets: "sockets-unix";
     descriptors_in_flight: "in-flight";
     netlink: "netlink";
+    udp: "udp-queues";
     shared_memory: "memory-shared";
     timers: "timers";
 }

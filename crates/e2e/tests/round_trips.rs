@@ -76,6 +76,7 @@ round_trips! {
     peers_of_unix_sockets: "sockets-peers";
     descriptors_in_flight: "in-flight";
     netlink_sockets: "netlink";
+    queues_of_udp_sockets: "udp-queues";
     one_descriptor_in_flight: "sockets-unix" "in-flight";
 }
 

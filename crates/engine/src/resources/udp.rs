@@ -1,9 +1,14 @@
 //! UDP sockets (udp(7)): bound, connected, members of multicast groups, and the datagrams that wait in them.
 //!
-//! Datagrams are read with a moving peek, which leaves them where they are, and come back as packets from their sender
-//! that go over the loopback interface to the socket only. Left to chance, as the protocol allows: datagrams that
-//! arrive while the tree is frozen and the queue has been read. Dropped, with a warning: the queue of a socket that is
-//! bound to a device or to the address of a group, where a packet over the loopback interface does not arrive.
+//! Datagrams are read with a moving peek, which leaves them where they are, and come back as packets from their sender that go
+//! over the loopback interface. So that they reach this socket and no other of its port, address or group, whatever it is bound
+//! and connected to, its queue is filled first, at a free port:
+//!
+//! ```text
+//! socket ─► a free port ─► datagrams ─► the port taken away, the queue stays ─► options, bind, connect ─► groups, options
+//! ```
+//!
+//! Left to chance, as the protocol allows: datagrams that arrive while the tree is frozen and the queue has been read.
 //!
 //! Lost: what came with a queued datagram (its destination, timestamps), and, with a warning, errors not read.
 //!
@@ -104,19 +109,8 @@ impl DescriptorKind for Udp {
         context.network.refuse_foreign(view)
     }
 
-    fn rebuild(&self, _flags: u32, context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
-        let socket = self.make()?;
-        // On the loopback interface they would meet the packet lock of other connections' restore: the mark passes it.
-        context.at_start({
-            let socket = socket.try_clone().map_err(|source| RestoreError::Rebuild {
-                object: "UDP socket".into(),
-                step: "dup",
-                source,
-            })?;
-            let queue = self.packets();
-            move || deliver(&socket, &queue)
-        });
-        Ok(socket)
+    fn rebuild(&self, _flags: u32, _context: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
+        self.make()
     }
 }
 
@@ -143,6 +137,9 @@ impl Udp {
         let family = if self.ipv6 { AddressFamily::INET6 } else { AddressFamily::INET };
         let socket = rustix::net::socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
             .map_err(fail("socket"))?;
+        if let (Some(local), false) = (self.local, self.queue.is_empty()) {
+            self.fill(&socket, local.into())?;
+        }
         let options = network::from_state(&self.options);
         sockopt::apply(&socket, &options, Phase::BeforeBind)?;
         if let Some(local) = self.local {
@@ -156,20 +153,54 @@ impl Udp {
         Ok(socket)
     }
 
-    /// The queue as (from, to, bytes). A socket bound to no address in particular gets them at the loopback's.
-    fn packets(&self) -> Vec<(SocketAddr, SocketAddr, Vec<u8>)> {
-        let Some(local) = self.local else { return Vec::new() };
-        let packet = |datagram: &Datagram| {
+    /// Puts the queue into a socket that has no port, address or options yet. On the loopback interface the packets would meet
+    /// the packet lock of other connections' restore, but for their mark.
+    fn fill(&self, socket: &OwnedFd, local: SocketAddr) -> Result<(), RestoreError> {
+        let fail = |step| RestoreError::rebuild(format!("UDP socket at {local}"), step);
+        // Room for all; the captured size is set last.
+        let bytes: usize = self.queue.iter().map(|datagram| datagram.data.len() * 2 + 2048).sum();
+        rustix::net::sockopt::set_socket_recv_buffer_size_force(socket, bytes.min(1 << 30))
+            .map_err(fail("setsockopt(SO_RCVBUFFORCE)"))?;
+        if self.ipv6 {
+            rustix::net::sockopt::set_ipv6_v6only(socket, false).map_err(fail("setsockopt(IPV6_V6ONLY)"))?;
+        }
+        let port = inject::give_port(socket)?;
+        let kept = destination(local.ip());
+        for (index, datagram) in self.queue.iter().enumerate() {
             let from = SocketAddr::from(datagram.from);
-            let mut to = SocketAddr::from(local);
-            if to.ip().is_unspecified() {
-                let four = from.ip().to_canonical().is_ipv4();
-                to.set_ip(if four { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
+            let loopback = match from.ip().to_canonical() {
+                IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+                IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+            };
+            let to = SocketAddr::new(kept.unwrap_or(loopback), port);
+            match inject::udp_into(socket, to, from, &datagram.data) {
+                Ok(true) => {}
+                Ok(false) => {
+                    let dropped = self.queue.len() - index;
+                    tracing::warn!(%local, dropped, "something keeps datagrams from a UDP socket over the loopback interface");
+                    break;
+                }
+                Err(error) => tracing::warn!(%local, %from, %error, "a datagram in a UDP socket's queue is dropped"),
             }
-            (from, to, datagram.data.clone())
-        };
-        self.queue.iter().map(packet).collect()
+        }
+        Ok(inject::take_port(socket)?)
     }
+}
+
+/// The address that the datagrams of a socket went to, if it is bound to one of this machine's: programs can ask for it
+/// (`IP_PKTINFO`). Whoever sends to one's own address sends from it.
+fn destination(ip: IpAddr) -> Option<IpAddr> {
+    let ip = ip.to_canonical();
+    let is_own = || {
+        let socket = std::net::UdpSocket::bind(match ip {
+            IpAddr::V4(_) => (IpAddr::from(Ipv4Addr::UNSPECIFIED), 0),
+            IpAddr::V6(_) => (IpAddr::from(Ipv6Addr::UNSPECIFIED), 0),
+        })?;
+        socket.connect((ip, 9))?;
+        Ok::<_, std::io::Error>(socket.local_addr()?.ip() == ip)
+    };
+    let is_nobodys = ip.is_unspecified() || ip.is_multicast();
+    (ip.is_loopback() || !is_nobodys && is_own().unwrap_or(false)).then_some(ip)
 }
 
 /// An error that the program has not been told, or a timestamp of what it sent, can be read once only.
@@ -181,25 +212,6 @@ fn warn_of_errors(view: &DescriptionView) {
         let (pid, descriptor) = (view.process.pid, view.place);
         tracing::warn!(pid, %descriptor, "an error or timestamp of a UDP socket, not read yet, is not carried");
     }
-}
-
-fn deliver(socket: &OwnedFd, queue: &[(SocketAddr, SocketAddr, Vec<u8>)]) -> Result<(), RestoreError> {
-    if queue.is_empty() {
-        return Ok(());
-    }
-    // A packet for a socket that is bound to a device or to a group would not arrive over the loopback interface.
-    let bound = rustix::net::sockopt::socket_domain(socket).is_ok()
-        && sockopt::capture(socket)?
-            .iter()
-            .any(|option| sockopt::label(option) == Some("SO_BINDTODEVICE"));
-    for (from, to, data) in queue {
-        if bound || to.ip().is_multicast() {
-            tracing::warn!(%from, %to, "a datagram in the queue of a socket bound to a device or group is dropped");
-        } else {
-            inject::udp(*to, *from, data)?;
-        }
-    }
-    Ok(())
 }
 
 /// A message of the queue as datagrams: the kernel may have joined several of one sender (`UDP_GRO`).
@@ -285,9 +297,7 @@ mod tests {
         let state = Udp::read(receiver.as_fd()).unwrap();
         assert_eq!(state.queue.len(), 3);
         drop(receiver);
-        let socket = state.make().unwrap();
-        deliver(&socket, &state.packets()).unwrap();
-        let again = UdpSocket::from(socket);
+        let again = UdpSocket::from(state.make().unwrap());
         assert!(again.broadcast().unwrap());
         again.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         let mut buffer = vec![0; 10_000];

@@ -8,7 +8,8 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use super::raw;
 use crate::{Error, Result};
@@ -55,6 +56,72 @@ pub fn udp(local: SocketAddr, remote: SocketAddr, data: &[u8]) -> Result<()> {
     packet.extend([0; 2]);
     packet.extend(data);
     deliver(local, remote, libc::IPPROTO_UDP as u8, packet, 6)
+}
+
+/// Gives a new UDP socket a free port at every address, which [`take_port`] can take away again.
+///
+/// A socket that sends and is not bound gets a port first, and whatever then becomes of the datagram: this one has no port to go
+/// to. Source: `inet_send_prepare`, `udp_sendmsg`.
+pub fn give_port(socket: impl AsFd) -> Result<u16> {
+    crate::fault::point();
+    let fd = socket.as_fd();
+    let loopback = match raw::kind(fd)?.domain {
+        libc::AF_INET6 => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        _ => IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
+    };
+    let nowhere = SocketAddr::new(loopback, 0);
+    let flags = rustix::net::SendFlags::DONTWAIT | rustix::net::SendFlags::NOSIGNAL;
+    match (rustix::net::sendto(fd, b"", flags, &nowhere), port(fd)?) {
+        (_, 1..) => port(fd),
+        (Err(error), 0) => Err(Error::new("sendto(port 0)", raw::name(fd), error)),
+        (Ok(_), 0) => Err(Error::malformed("sendto(port 0)", raw::name(fd), "it got no port")),
+    }
+}
+
+/// Takes the port of [`give_port`] away: what is in the queue stays there, and the socket can be bound. Source: `__udp_disconnect`,
+/// `udp_lib_unhash`.
+pub fn take_port(socket: impl AsFd) -> Result<()> {
+    crate::fault::point();
+    let fd = socket.as_fd();
+    rustix::net::connect_unspec(fd)
+        .map_err(|error| Error::new("connect(AF_UNSPEC)", raw::name(fd), error))?;
+    match port(fd)? {
+        0 => Ok(()),
+        port => Err(Error::malformed("connect(AF_UNSPEC)", raw::name(fd), format!("it keeps port {port}"))),
+    }
+}
+
+fn port(fd: BorrowedFd<'_>) -> Result<u16> {
+    let failed = |error| Error::new("getsockname", raw::name(fd), error);
+    let address = rustix::net::getsockname(fd).map_err(failed)?;
+    SocketAddr::try_from(address).map(|address| address.port()).map_err(failed)
+}
+
+/// [`udp`], and waits until the datagram is in the queue of `socket`, which nobody reads. Tells whether it has come; if not,
+/// something keeps it away, such as a packet filter.
+pub fn udp_into(socket: impl AsFd, local: SocketAddr, remote: SocketAddr, data: &[u8]) -> Result<bool> {
+    /// The network's soft interrupt may be left to a thread that has to wait for its turn.
+    const PATIENCE: Duration = Duration::from_secs(1);
+    let fd = socket.as_fd();
+    let before = queued(fd)?;
+    udp(local, remote, data)?;
+    let started = Instant::now();
+    while queued(fd)? <= before {
+        if started.elapsed() > PATIENCE {
+            return Ok(false);
+        }
+        std::thread::yield_now();
+    }
+    Ok(true)
+}
+
+/// The memory of what is in a socket's queue: the first word of `SO_MEMINFO`.
+fn queued(fd: BorrowedFd<'_>) -> Result<u32> {
+    const SO_MEMINFO: i32 = 55;
+    let mut words = [0; 36];
+    raw::get_bytes(fd, libc::SOL_SOCKET, SO_MEMINFO, &mut words)
+        .map_err(|source| Error::new("getsockopt(SO_MEMINFO)", raw::name(fd), source))?;
+    Ok(u32::from_ne_bytes([words[0], words[1], words[2], words[3]]))
 }
 
 fn deliver(

@@ -34,6 +34,7 @@ mod terminal;
 mod threads;
 mod timers;
 mod tree;
+mod udp_queues;
 mod vdso;
 mod watchers;
 mod writers;
@@ -91,6 +92,7 @@ const KINDS: &[(&str, SetUp)] = &[
     ("threads", threads::set_up),
     ("timers", timers::set_up),
     ("tree", tree::set_up),
+    ("udp-queues", udp_queues::set_up),
     ("vdso", vdso::set_up),
     ("watchers", watchers::set_up),
     ("writers", writers::set_up),
