@@ -96,6 +96,23 @@ fn queues_of_udp_sockets() {
     });
 }
 
+/// POSIX message queues are the container's: they move with their messages.
+#[test]
+fn message_queues() {
+    sandboxed(|sandbox| {
+        let container = Contained::new(sandbox)?;
+        let target = Target::start(&container, "message-queues", &[])?;
+        target.verify()?;
+        container.checkpoint_and_restore()?;
+        target.verify().context("restored on the same host")?;
+        for _ in 0..2 {
+            container.migrate()?;
+            target.verify().context("migrated")?;
+        }
+        container.end()
+    });
+}
+
 #[test]
 fn bash() {
     sandboxed(|sandbox| {

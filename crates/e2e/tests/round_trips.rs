@@ -52,6 +52,7 @@ round_trips! {
     memory_huge_forked: "memory-huge" "forked";
     memory_shared: "memory-shared";
     memory_system_v: "memory-shared" "system-v";
+    message_queues: "message-queues";
     misc: "misc";
     odd_files: "odd-files";
     registers: "registers";
@@ -107,6 +108,7 @@ refusals! {
     signed_segments_are_refused: "refused" ["signed"] "TCP_MD5SIG";
     a_saved_syn_is_refused: "refused" ["saved-syn"] "TCP_SAVE_SYN";
     a_socket_from_another_namespace_is_refused: "refused" ["from-elsewhere"] "another network namespace";
+    a_registration_with_a_message_queue_is_refused: "refused" ["mq-notify"] "mq_notify";
     a_lease_is_refused: "refused" ["lease"] "it holds a lease";
 }
 

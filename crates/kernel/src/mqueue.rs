@@ -121,6 +121,45 @@ pub fn names() -> Result<Vec<CString>> {
     Ok(names)
 }
 
+/// Where the limits of an IPC namespace are.
+const LIMITS: &str = "/proc/sys/fs/mqueue";
+
+/// The limits and defaults of the namespace, by name, in order.
+pub fn limits() -> Result<Vec<(String, u64)>> {
+    fault::point();
+    let fail = |source| Error::new("read", LIMITS, source);
+    let mut limits = Vec::new();
+    for entry in std::fs::read_dir(LIMITS).map_err(fail)? {
+        let entry = entry.map_err(fail)?;
+        let text = std::fs::read_to_string(entry.path()).map_err(fail)?;
+        let value = text.trim().parse();
+        let value =
+            value.map_err(|_| Error::malformed("read", entry.path().display(), format!("{text:?}")))?;
+        limits.push((entry.file_name().to_string_lossy().into_owned(), value));
+    }
+    limits.sort();
+    Ok(limits)
+}
+
+/// Sets one of them, whose name must be one that [`limits`] gave.
+pub fn set_limit(name: &str, value: u64) -> Result<()> {
+    fault::point();
+    let path = format!("{LIMITS}/{name}");
+    std::fs::write(&path, value.to_string())
+        .map_err(|source| Error::new("write", format_args!("{value} to {path}"), source))
+}
+
+/// Raises the namespace's limits, as far as they are lower, to what a queue needs.
+pub fn allow(messages: u64, size: u64) -> Result<()> {
+    let limits = limits()?;
+    for (name, needed) in [("msg_max", messages), ("msgsize_max", size)] {
+        if limits.iter().any(|(limit, value)| limit == name && *value < needed) {
+            set_limit(name, needed)?;
+        }
+    }
+    Ok(())
+}
+
 /// What a queue can hold and does.
 pub fn attributes(queue: impl AsFd) -> Result<Attributes> {
     fault::point();
@@ -359,6 +398,14 @@ mod tests {
             assert!(open(c"none", OFlags::RDONLY).is_err());
             unlink(c"test")?;
             assert!(names()?.is_empty());
+            let before = limits()?;
+            allow(1, 1)?;
+            assert_eq!(limits()?, before);
+            allow(77, 10_000)?;
+            let raised = limits()?;
+            assert!(
+                raised.contains(&("msg_max".into(), 77)) && raised.contains(&("msgsize_max".into(), 10_000))
+            );
             Ok(())
         };
         std::thread::scope(|scope| scope.spawn(work).join().unwrap()).unwrap();

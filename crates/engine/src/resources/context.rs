@@ -114,6 +114,8 @@ pub struct RebuildContext<'a> {
     /// The PID that Limosa sees of each process, by its PID in the tree.
     pub pids: &'a HashMap<i32, i32>,
     pub(crate) terminals: &'a [Rebuilt],
+    /// The tree's IPC namespace.
+    pub(crate) ipc: BorrowedFd<'a>,
     root: OwnedFd,
     shared: HashMap<(&'static str, u64), Box<dyn Any>>,
     starters: Starters,
@@ -128,9 +130,10 @@ impl<'a> RebuildContext<'a> {
         terminals: &'a [Rebuilt],
         externals: &'a HashMap<String, PathBuf>,
         pids: &'a HashMap<i32, i32>,
+        ipc: BorrowedFd<'a>,
     ) -> Self {
         let (shared, starters) = (HashMap::new(), Starters::default());
-        Self { checkpoint, shared_objects, externals, pids, terminals, root, shared, starters }
+        Self { checkpoint, shared_objects, externals, pids, terminals, ipc, root, shared, starters }
     }
 
     /// The root directory of the tree's mount namespace.

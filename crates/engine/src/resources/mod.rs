@@ -274,6 +274,7 @@ descriptor_kinds! {
     inotify: Inotify(inotify::Inotify),
     memfd: Memfd(memfd::Memfd),
     pidfd: PidFd(pidfd::PidFd),
+    message_queue: MessageQueue(message_queue::MessageQueue),
     tcp: Tcp(tcp::Tcp),
     udp: Udp(udp::Udp),
     unix_socket: UnixSocket(unix_socket::UnixSocket),

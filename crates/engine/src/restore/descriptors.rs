@@ -53,7 +53,7 @@ pub(crate) fn rebuild_all(
         source,
     })?;
     let pids = makers.pids();
-    let mut context = RebuildContext::new(checkpoint, root, &shared, terminals, externals, &pids);
+    let mut context = RebuildContext::new(checkpoint, root, &shared, terminals, externals, &pids, ipc);
     let mut descriptions = Vec::with_capacity(tree.descriptions.len());
     for description in &tree.descriptions {
         let descriptor = description.state.rebuild(description.flags, &mut context)?;

@@ -15,6 +15,7 @@ mod memory_forked;
 mod memory_guarded;
 mod memory_huge;
 mod memory_shared;
+mod message_queues;
 mod misc;
 mod multicast;
 mod netlink;
@@ -73,6 +74,7 @@ const KINDS: &[(&str, SetUp)] = &[
     ("memory-guarded", memory_guarded::set_up),
     ("memory-huge", memory_huge::set_up),
     ("memory-shared", memory_shared::set_up),
+    ("message-queues", message_queues::set_up),
     ("misc", misc::set_up),
     ("multicast", multicast::set_up),
     ("netlink", netlink::set_up),

@@ -147,8 +147,11 @@ impl NamespaceState {
             let remedy = "only containers made by `limosa run` can have them yet";
             return Err(Refusal::process(root.pid, reason, remedy).into());
         }
-        let ipc =
-            if own.iter().any(|kind| kind == "ipc") { Some(ipc::Ipc::capture(root.pid)?) } else { None };
+        let ipc = if own.iter().any(|kind| kind == "ipc") {
+            Some(ipc::Ipc::capture(root.pid, sink.is_some())?)
+        } else {
+            None
+        };
         let has_network = own.iter().any(|kind| kind == "net");
         let interfaces =
             if has_network { Some(interfaces::Interfaces::capture(root, settings)?) } else { None };

@@ -109,9 +109,6 @@ impl Mounts {
                 return Err(refuse(root, reason, mount));
             }
             let of_shell = SHELL.contains(&(mount.point.as_slice(), mount.fs_type.as_slice()));
-            if mount.fs_type == b"mqueue" {
-                refuse_queues(root, mount)?;
-            }
             if of_shell && mount.point != SHARED_MEMORY {
                 continue;
             }
@@ -224,22 +221,6 @@ fn bind_source(root: &ProcessView, before: &[Found], mount: &Found) -> Result<Op
         return Err(refuse(root, reason, mount));
     }
     Ok(None)
-}
-
-/// POSIX message queues are not carried.
-fn refuse_queues(root: &ProcessView, mount: &Found) -> Result<(), CaptureError> {
-    let fail = |errno| CaptureError::io("listing POSIX message queues", root.pid)(errno);
-    let directory =
-        open_inside(&root_of(root.pid), &mount.point, OFlags::RDONLY | OFlags::DIRECTORY).map_err(fail)?;
-    for entry in rustix::fs::Dir::new(directory).map_err(fail)? {
-        let entry = entry.map_err(fail)?;
-        let name = text(entry.file_name().to_bytes());
-        if name != "." && name != ".." {
-            let reason = format!("there is a POSIX message queue /{name}, which this version cannot carry");
-            return Err(Refusal::process(root.pid, reason, "remove it (mq_unlink) first").into());
-        }
-    }
-    Ok(())
 }
 
 /// Puts what is in a tmpfs, without what is mounted below, into a blob; gives its name.

@@ -8,7 +8,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use anyhow::{Context, Result};
 use rustix::fs::{Mode, OFlags};
 
-use super::{Setting, Verify};
+use super::{Setting, Verify, message_queues};
 use crate::sys;
 
 /// Words of a structure; `perf_event_attr`, `io_uring_params` and the like have fewer.
@@ -51,6 +51,11 @@ fn make(setting: &Setting, kind: &str) -> Result<Vec<OwnedFd>> {
             return Ok(Vec::new());
         }
         "lease" => lease(setting)?,
+        "mq-notify" => {
+            let queue = message_queues::create("registered", OFlags::RDWR, 2)?;
+            message_queues::register(&queue)?;
+            queue
+        }
         "child-namespace" => return child_namespace(),
         other => return sockets::make(other),
     };
