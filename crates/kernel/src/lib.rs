@@ -7,6 +7,7 @@
 
 pub mod cpu;
 mod error;
+pub mod eventfd;
 pub mod fault;
 mod guarded;
 pub mod handle;

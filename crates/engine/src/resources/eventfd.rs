@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
+use limosa_kernel::eventfd::taken_by_a_read;
 use limosa_kernel::proc::FdExtra;
 use limosa_puppet::{Arg, Data, Program};
 use rustix::event::{EventfdFlags, eventfd};
@@ -27,10 +28,7 @@ impl DescriptorKind for EventFd {
     }
 
     fn capture(view: &DescriptionView, _: &mut CaptureContext) -> Result<Self, CaptureError> {
-        let FdExtra::EventFd(eventfd) = &view.info.extra else {
-            let reason = "the kernel does not tell its count";
-            return Err(view.refuse(reason, "close it before the checkpoint").into());
-        };
+        let eventfd = shown(view)?;
         let semaphore = match eventfd.semaphore {
             Some(semaphore) => semaphore,
             None => find_out(view, eventfd.count)?,
@@ -38,8 +36,8 @@ impl DescriptorKind for EventFd {
         Ok(Self { count: eventfd.count, semaphore })
     }
 
-    fn examine(view: &DescriptionView, context: &mut CaptureContext) -> Result<(), CaptureError> {
-        Self::capture(view, context).map(drop)
+    fn examine(view: &DescriptionView, _: &mut CaptureContext) -> Result<(), CaptureError> {
+        shown(view).map(drop)
     }
 
     fn rebuild(&self, _: u32, _: &mut RebuildContext) -> Result<OwnedFd, RestoreError> {
@@ -55,13 +53,24 @@ impl DescriptorKind for EventFd {
     }
 }
 
+/// What the kernel tells of it.
+fn shown(view: &DescriptionView) -> Result<limosa_kernel::proc::EventFd, CaptureError> {
+    match &view.info.extra {
+        FdExtra::EventFd(eventfd) => Ok(*eventfd),
+        _ => {
+            let reason = "the kernel does not tell its count";
+            Err(view.refuse(reason, "close it before the checkpoint").into())
+        }
+    }
+}
+
 /// `preadv2`: do not wait.
 const RWF_NOWAIT: i32 = 8;
 
 /// Whether it is a semaphore, which the kernel keeps to itself before Linux 6.5: a read tells, of a count of two or more.
 ///
 /// The holder itself reads, and puts back what it took, by a program that goes on to its end whatever becomes of Limosa.
-/// Nobody else in the tree runs meanwhile. The same happens whatever it is: nothing in the program depends on it.
+/// Of one that is only in flight, Limosa does. Nobody else in the tree runs meanwhile. The same happens whatever it is: nothing in the program depends on it.
 ///
 /// ```text
 /// count 0:     write 2, read → 1 or 2, read → 1 or nothing
@@ -69,15 +78,16 @@ const RWF_NOWAIT: i32 = 8;
 /// count 2…:    read → 1 or the count, write what was read
 /// ```
 fn find_out(view: &DescriptionView, count: u64) -> Result<bool, CaptureError> {
-    let Some(number) = view.number() else {
-        let reason = "it is only in flight, and this kernel does not tell whether it is a semaphore";
-        let remedy = "let the process receive it, or use Linux 6.5 or newer";
-        return Err(view.refuse(reason, remedy).into());
+    let read = match view.number() {
+        Some(number) => {
+            let (program, answer) = question(number, count);
+            let outcome = run_inside(view.process, program)?;
+            outcome.check().map_err(|source| CaptureError::Question { pid: view.process.pid, source })?;
+            outcome.word(answer, 0)
+        }
+        None => taken_by_a_read(&view.descriptor, count)?,
     };
-    let (program, answer) = question(number, count);
-    let outcome = run_inside(view.process, program)?;
-    outcome.check().map_err(|source| CaptureError::Question { pid: view.process.pid, source })?;
-    match outcome.word(answer, 0) {
+    match read {
         1 => Ok(true),
         read if read == count.max(2) => Ok(false),
         _ => {

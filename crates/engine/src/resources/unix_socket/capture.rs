@@ -51,7 +51,13 @@ pub(super) fn examine(view: &DescriptionView, context: &mut CaptureContext) -> R
     network::refuse_foreign_options(view)?;
     let listed = context.network.unix(view)?;
     if listed.state == LISTEN {
-        return match context.network.stuck(view.stat.st_ino) {
+        // A client that is only in flight is carried, too, and was not known to those who counted.
+        let is_carried = |inode: &&u64| {
+            context.descriptions.iter().any(|other| other.number().is_none() && other.stat.st_ino == **inode)
+                && !context.network.has_sent(**inode)
+        };
+        let in_flight = listed.pending.iter().filter(is_carried).count();
+        return match context.network.stuck(view.stat.st_ino).saturating_sub(in_flight) {
             0 => Ok(()),
             waiting => Err(network::refuse_unaccepted(view, waiting)),
         };
