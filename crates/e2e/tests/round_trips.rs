@@ -45,6 +45,8 @@ round_trips! {
     locks: "locks";
     memory: "memory";
     memory_advice: "memory-advice";
+    memory_locked_in_future: "memory-advice" "future";
+    memory_locked_in_future_on_fault: "memory-advice" "future-on-fault";
     memory_file: "memory-file";
     memory_forked: "memory-forked";
     memory_guarded: "memory-guarded";
@@ -109,7 +111,7 @@ refusals! {
     a_saved_syn_is_refused: "refused" ["saved-syn"] "TCP_SAVE_SYN";
     a_socket_from_another_namespace_is_refused: "refused" ["from-elsewhere"] "another network namespace";
     a_registration_with_a_message_queue_is_refused: "refused" ["mq-notify"] "mq_notify";
-    a_lease_is_refused: "refused" ["lease"] "it holds a lease";
+    a_lease_that_is_being_broken_is_refused: "refused" ["lease"] "is being broken";
 }
 
 /// A running target is not told what a frozen one would not be: a socket whose peer lies in the second message of a queue,
@@ -159,6 +161,23 @@ fn monitors_are_told_that_they_have_missed_messages() {
         ensure!(error.contains("port ID") && error.contains("another process"), "{error}");
         other.quit()?;
         Ok(())
+    });
+}
+
+/// The restored process would have mapped whatever hides the file.
+#[test]
+fn a_mapped_file_that_is_hidden_by_a_mount_is_refused() {
+    sandboxed(|sandbox| {
+        let target = Target::start(sandbox, "memory-file", &[])?;
+        let mapped = sandbox.path("memory-file.mapped");
+        std::fs::write(sandbox.path("other"), std::fs::read(&mapped)?)?;
+        rustix::mount::mount_bind(sandbox.path("other"), &mapped)?;
+        let said = limosa::checkpoint(sandbox, target.root(), &sandbox.path("out"), Source::Ends, &[])?;
+        rustix::mount::unmount(&mapped, rustix::mount::UnmountFlags::empty())?;
+        ensure!(said.status == Some(1) && said.err.contains("another file is at its path now"), "{said:?}");
+        target.verify()?;
+        target.quit()?;
+        sandbox.end_all()
     });
 }
 

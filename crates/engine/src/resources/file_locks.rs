@@ -1,4 +1,4 @@
-//! Locks on files: POSIX (fcntl(2)), of open file descriptions, and flock(2).
+//! Locks on files: POSIX (fcntl(2)), of open file descriptions, and flock(2); and leases (fcntl(2), `F_SETLEASE`).
 //!
 //! A POSIX lock belongs to a process, the others to a description; the first process that holds a description takes
 //! its locks again; of one that is only in flight, Limosa does. Taken last, because closing any descriptor of a file drops a process's POSIX locks on it.
@@ -19,9 +19,9 @@ use crate::error::{CaptureError, Refusal, RestoreError, Subject};
 use crate::view::{DescriptionView, ProcessView};
 
 const F_OFD_SETLK: i32 = 37;
-/// Why a lease is refused, and the remedy.
-const LEASE: (&str, &str) =
-    ("it holds a lease on the file", "give it up (F_SETLEASE with F_UNLCK) before the checkpoint");
+const F_SETLEASE: i32 = 1024;
+/// What to do about a lease that is refused.
+const GIVE_UP: &str = "give it up (F_SETLEASE with F_UNLCK) before the checkpoint";
 
 /// A lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +48,8 @@ pub enum Kind {
     Description,
     /// `flock`
     Flock,
+    /// `F_SETLEASE`
+    Lease,
 }
 
 /// The locks that are to be taken again through a descriptor. `seen_here` and `seen` say whether this process and
@@ -67,14 +69,17 @@ pub fn capture(
             LockKind::Flock => (Kind::Flock, seen),
             LockKind::Lease | LockKind::Delegation => {
                 let link = process.proc.fd_link(number)?;
-                let link = String::from_utf8_lossy(&link).into_owned();
-                let refusal = Refusal {
-                    pid: process.pid,
-                    subject: Subject::Descriptor { number, link },
-                    reason: LEASE.0.into(),
-                    remedy: LEASE.1.into(),
-                };
-                return Err(refusal.into());
+                if let Some(reason) = lease_problem(lock, &link) {
+                    let link = String::from_utf8_lossy(&link).into_owned();
+                    let refusal = Refusal {
+                        pid: process.pid,
+                        subject: Subject::Descriptor { number, link },
+                        reason: reason.into(),
+                        remedy: GIVE_UP.into(),
+                    };
+                    return Err(refusal.into());
+                }
+                (Kind::Lease, seen)
             }
         };
         if !known {
@@ -82,6 +87,17 @@ pub fn capture(
         }
     }
     Ok(locks)
+}
+
+/// Why a lease cannot be carried, if it cannot.
+fn lease_problem(lock: &limosa_kernel::proc::FileLock, link: &[u8]) -> Option<&'static str> {
+    match lock.kind {
+        LockKind::Delegation => Some("it holds a delegation of the file"),
+        _ if lock.breaking => Some("its lease on the file is being broken, and it has not yet given it up"),
+        // To read the file would break it.
+        _ if link.ends_with(b" (deleted)") => Some("it holds a lease on a deleted file"),
+        _ => None,
+    }
 }
 
 /// The locks that belong to a description which is only in flight. It has no lock of a process's, which would have gone
@@ -93,7 +109,9 @@ pub(crate) fn in_flight(view: &DescriptionView) -> Result<Vec<FileLock>, Capture
             LockKind::Posix => {}
             LockKind::OpenFileDescription => locks.push(FileLock::new(-1, Kind::Description, lock)),
             LockKind::Flock => locks.push(FileLock::new(-1, Kind::Flock, lock)),
-            LockKind::Lease | LockKind::Delegation => return Err(view.refuse(LEASE.0, LEASE.1).into()),
+            LockKind::Lease | LockKind::Delegation => {
+                return Err(view.refuse("there is a lease on the file", GIVE_UP).into());
+            }
         }
     }
     Ok(locks)
@@ -139,7 +157,8 @@ pub(crate) fn refuse_outsiders(found: &[DescriptionView], tree: &HashSet<i32>) -
 
 /// Whether there is a lock that belongs to the description, not to a process.
 fn has_lock_of_its_own(view: &DescriptionView) -> bool {
-    view.info.locks.iter().any(|lock| matches!(lock.kind, LockKind::Flock | LockKind::OpenFileDescription))
+    let of_its_own = |kind| matches!(kind, LockKind::Flock | LockKind::OpenFileDescription | LockKind::Lease);
+    view.info.locks.iter().any(|lock| of_its_own(lock.kind))
 }
 
 impl FileLock {
@@ -156,9 +175,9 @@ impl FileLock {
             (Kind::Description, exclusive) => {
                 return Ok(task::lock_description(description, exclusive, self.start, self.length)?);
             }
-            (Kind::Posix, _) => {
+            (Kind::Posix | Kind::Lease, _) => {
                 return Err(RestoreError::inconsistent(
-                    "a process's lock on a file that no process has open",
+                    "a process's lock or lease on a file that no process has open",
                 ));
             }
         };
@@ -178,6 +197,11 @@ impl FileLock {
         match self.kind {
             Kind::Posix => range(program, libc::F_SETLK),
             Kind::Description => range(program, F_OFD_SETLK),
+            Kind::Lease => {
+                let kind = if self.exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
+                let purpose = "take a lease on a file again, which no other process may have open in its way";
+                program.call(purpose, libc::SYS_fcntl, [self.number.into(), F_SETLEASE.into(), kind.into()]);
+            }
             Kind::Flock => {
                 let operation = if self.exclusive { libc::LOCK_EX } else { libc::LOCK_SH } | libc::LOCK_NB;
                 let purpose =

@@ -1,6 +1,9 @@
 //! Mappings of an address space: where, what of, and the advice given for them (mmap(2), madvise(2), mlock2(2)).
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use limosa_kernel::proc::{Mapping, MappingName, Prot, VmFlags};
 use limosa_puppet::Program;
@@ -381,10 +384,28 @@ impl<'a> FileSizes<'a> {
         let opened = process.proc.open_file(&link, rustix::fs::OFlags::PATH)?;
         let stat =
             rustix::fs::fstat(&opened).map_err(CaptureError::io("fstat of a mapped file", process.pid))?;
+        if is_hidden(process, path, &stat) {
+            let reason = "another file is at its path now: something is mounted over it";
+            let remedy = "unmount what hides it, or have the process map it anew";
+            let name = mapping.name.to_string();
+            return Err(Refusal::mapping(process.pid, mapping.start, name, reason, remedy).into());
+        }
         let size = stat.st_size as u64;
         self.0.insert(file, size);
         Ok(size)
     }
+}
+
+/// Whether the path of a mapped file leads to another one. (One that was replaced by rename(2) is deleted.) Not asked of
+/// processes whose root is another than their mount namespace's: paths are shown from that.
+fn is_hidden(process: &ProcessView, path: &[u8], mapped: &rustix::fs::Stat) -> bool {
+    let root = format!("/proc/{}/root", process.pid);
+    if std::fs::read_link(&root).is_ok_and(|root| root != Path::new("/")) {
+        return false;
+    }
+    let inside = OsStr::from_bytes(path.strip_prefix(b"/").unwrap_or(path));
+    rustix::fs::lstat(Path::new(&root).join(inside))
+        .is_ok_and(|found| (found.st_dev, found.st_ino) != (mapped.st_dev, mapped.st_ino))
 }
 
 fn mapped_file<'a>(

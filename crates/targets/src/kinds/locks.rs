@@ -33,6 +33,10 @@ pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
         }))
     })?;
     drop(handed_on);
+    let leases = [(libc::F_RDLCK, "leased"), (libc::F_WRLCK, "leased-alone")]
+        .map(|(kind, name)| lease(&setting.protocol.beside(name), kind));
+    let [read_lease, write_lease] = leases;
+    let (read_lease, write_lease) = (read_lease?, write_lease?);
     // Now: to close any descriptor of the file drops this process's locks.
     lock(&shared, libc::F_SETLK, libc::F_WRLCK, 0..10)?;
     lock(&shared, libc::F_SETLK, libc::F_RDLCK, 100..200)?;
@@ -45,8 +49,25 @@ pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
         let ended = rustix::process::waitpid(Some(asker), rustix::process::WaitOptions::empty())?;
         ensure!(ended.is_some_and(|(_, status)| status.exit_status() == Some(0)), "locks are missing");
         lock(&shared, libc::F_SETLK, libc::F_WRLCK, 0..10)?;
+        for (file, kind) in [(&read_lease, libc::F_RDLCK), (&write_lease, libc::F_WRLCK)] {
+            // SAFETY: numbers only.
+            let held = unsafe { libc::fcntl(file.as_raw_fd(), F_GETLEASE) };
+            ensure!(held == kind, "the lease is {held}, not {kind}");
+        }
         Ok(String::new())
     }))
+}
+
+const F_SETLEASE: i32 = 1024;
+const F_GETLEASE: i32 = 1025;
+
+/// A file of its own with a lease on it.
+fn lease(path: &Path, kind: i32) -> Result<File> {
+    fs::write(path, "leased")?;
+    let file = File::open(path)?;
+    // SAFETY: numbers only.
+    sys::check(unsafe { libc::fcntl(file.as_raw_fd(), F_SETLEASE, kind) }.into()).context("F_SETLEASE")?;
+    Ok(file)
 }
 
 fn lock(file: &File, command: i32, kind: i32, range: std::ops::Range<i64>) -> Result<()> {

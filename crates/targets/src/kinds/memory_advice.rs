@@ -20,7 +20,18 @@ const ADVICE: &[(i32, &str)] = &[
     (libc::MADV_MERGEABLE, "mg"),
 ];
 
-pub fn set_up(_: &Setting) -> Result<Box<Verify>> {
+/// With the option `future` or `future-on-fault`, what is mapped later is locked, too (mlockall(2)).
+pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
+    let future = match setting.options.first().map(String::as_str) {
+        Some("future") => Some(libc::MCL_FUTURE),
+        Some("future-on-fault") => Some(libc::MCL_FUTURE | libc::MCL_ONFAULT),
+        _ => None,
+    };
+    if let Some(flags) = future {
+        // SAFETY: it takes a number, and changes no memory.
+        sys::check(i64::from(unsafe { libc::mlockall(flags) })).context("mlockall")?;
+        return Ok(Box::new(move || check_future(flags)));
+    }
     let mut regions = Vec::new();
     for (seed, (advice, flag)) in ADVICE.iter().enumerate() {
         let mut region = fresh(seed as u64)?;
@@ -60,6 +71,22 @@ pub fn set_up(_: &Setting) -> Result<Box<Verify>> {
         }
         Ok(String::new())
     }))
+}
+
+/// What is mapped now is locked, and there at once or not.
+fn check_future(flags: i32) -> Result<String> {
+    let region = Region::map(LENGTH, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE, None)?;
+    ensure!(has_flag(region, "lo")?, "a new mapping is not locked");
+    let mut there = [0_u8; LENGTH / PAGE];
+    // SAFETY: the region is mapped, and there is a byte for each of its pages.
+    sys::check(i64::from(unsafe { libc::mincore(region.address() as *mut _, LENGTH, there.as_mut_ptr()) }))?;
+    let expected = u8::from(flags & libc::MCL_ONFAULT == 0);
+    ensure!(
+        there.iter().all(|page| page & 1 == expected),
+        "pages of a new mapping that are there: {there:?}"
+    );
+    region.unmap();
+    Ok(String::new())
 }
 
 /// Memory that the kernel may drop (Linux 6.11), and how it shows it; none on older kernels.

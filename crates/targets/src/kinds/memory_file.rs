@@ -24,6 +24,8 @@ struct State {
     windows: [Region; 2],
     private_window: Region,
     deleted: Region,
+    /// Its path leads to another file.
+    replaced: Region,
     round: u8,
 }
 
@@ -57,7 +59,18 @@ pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
     fs::remove_file(&deleted_path)?;
     drop(deleted_file);
 
-    let mut state = State { path, private, shared, file, memfd, windows, private_window, deleted, round: 0 };
+    let replaced_path = setting.protocol.beside("replaced");
+    fs::write(&replaced_path, sys::pattern(2 * PAGE, 9))?;
+    let replaced_file = File::open(&replaced_path)?;
+    let replaced =
+        Region::map(2 * PAGE, libc::PROT_READ, libc::MAP_PRIVATE, Some((replaced_file.as_fd(), 0)))?;
+    fs::write(setting.protocol.beside("newer"), sys::pattern(2 * PAGE, 10))?;
+    fs::rename(setting.protocol.beside("newer"), &replaced_path)?;
+    drop(replaced_file);
+
+    let round = 0;
+    let mut state =
+        State { path, private, shared, file, memfd, windows, private_window, deleted, replaced, round };
     // The deleted file's and the memfd's inodes may change, so only the mappings of named files are compared as text.
     let named = [private, shared];
     let expected = sys::mappings(&named)?;
@@ -74,6 +87,7 @@ impl State {
         self.check_private()?;
         self.check_shared()?;
         self.check_memfd()?;
+        sys::compare("replaced file's mapping", self.replaced.bytes(), &sys::pattern(2 * PAGE, 9))?;
         sys::compare("deleted file's mapping", self.deleted.bytes(), &sys::pattern(2 * PAGE, 8))
     }
 

@@ -93,10 +93,16 @@ fn lease(setting: &Setting) -> Result<OwnedFd> {
     const F_SETLEASE: i32 = 1024;
     let path = setting.protocol.beside("leased");
     std::fs::write(&path, "x")?;
-    let file: OwnedFd = File::open(path)?.into();
+    let file: OwnedFd = File::open(&path)?.into();
     // SAFETY: numbers only.
     let taken = unsafe { libc::fcntl(std::os::fd::AsRawFd::as_raw_fd(&file), F_SETLEASE, libc::F_RDLCK) };
     sys::check(taken.into())?;
+    // Somebody wants to write, and has this process told by a signal that it does not hear.
+    // SAFETY: a signal is ignored.
+    unsafe { libc::signal(libc::SIGIO, libc::SIG_IGN) };
+    let writes = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let refused = rustix::fs::open(&path, writes, Mode::empty());
+    anyhow::ensure!(refused.is_err(), "a lease is no obstacle");
     Ok(file)
 }
 
