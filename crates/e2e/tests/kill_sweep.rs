@@ -89,6 +89,12 @@ fn checkpoint_of_twenty_threads_from_a_twin() {
     sandboxed(|sandbox| sweep_target(sandbox, "threads", "twin"));
 }
 
+/// No message is lost.
+#[test]
+fn checkpoint_of_message_queues() {
+    sandboxed(|sandbox| sweep_target(sandbox, "message-queues", "stop"));
+}
+
 /// Groups, sessions, zombies, orphans, a stopped child.
 #[test]
 fn checkpoint_of_a_tree() {
