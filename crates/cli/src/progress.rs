@@ -16,7 +16,7 @@ pub enum Form {
     /// A live line on a terminal, plain lines elsewhere; with --json nothing.
     #[default]
     Auto,
-    /// A JSON object a line, for programs: phase, bytes, elapsed_us.
+    /// A JSON object a line, for programs: phase, bytes, elapsed_us, round, left.
     Json,
 }
 
@@ -33,7 +33,9 @@ pub fn watch(title: String, form: Form, json: bool) -> Watch<'static> {
 fn name(phase: Phase) -> &'static str {
     match phase {
         Phase::Negotiating => "negotiating",
+        Phase::Copying => "running, copying its memory",
         Phase::Sending => "frozen, sending",
+        Phase::Receiving => "receiving",
         Phase::Preparing => "frozen, destination builds",
         Phase::HandingOver => "frozen, handing over",
         Phase::Settling => "connection lost, asking for the outcome",
@@ -60,7 +62,8 @@ fn lines(title: String) -> Watch<'static> {
     let mut shown = None;
     let begun = Instant::now();
     Box::new(move |progress: &Progress| {
-        if shown.replace(progress.phase) != Some(progress.phase) {
+        let now = (progress.phase, progress.round);
+        if shown.replace(now) != Some(now) {
             let seconds = begun.elapsed().as_secs_f64();
             // Standard error may be closed; the migration goes on.
             let _ = writeln!(std::io::stderr(), "{seconds:7.3} s  {title}: {}", describe(progress));
@@ -76,6 +79,12 @@ struct Told {
     bytes: u64,
     /// Microseconds since the beginning.
     elapsed_us: u64,
+    /// In the phase `copying`: how many times now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    round: Option<u32>,
+    /// In the phase `copying`: bytes that had been written again when that began.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    left: Option<u64>,
 }
 
 fn objects() -> Watch<'static> {
@@ -83,12 +92,15 @@ fn objects() -> Watch<'static> {
     let begun = Instant::now();
     let mut last = begun;
     Box::new(move |progress: &Progress| {
-        if shown.replace(progress.phase) == Some(progress.phase) && last.elapsed() < INTERVAL {
+        let now = (progress.phase, progress.round);
+        if shown.replace(now) == Some(now) && last.elapsed() < INTERVAL {
             return;
         }
         last = Instant::now();
         let elapsed_us = begun.elapsed().as_micros() as u64;
-        let told = Told { phase: progress.phase, bytes: bytes(progress), elapsed_us };
+        let (round, left) =
+            (progress.round.map(|(number, _)| number), progress.round.and_then(|(_, left)| left));
+        let told = Told { phase: progress.phase, bytes: bytes(progress), elapsed_us, round, left };
         if let Ok(line) = serde_json::to_string(&told) {
             // As above.
             let _ = writeln!(std::io::stderr(), "{line}");
@@ -102,5 +114,11 @@ fn bytes(progress: &Progress) -> u64 {
 }
 
 fn describe(progress: &Progress) -> String {
-    format!("{}, {:.1} MiB", name(progress.phase), bytes(progress) as f64 / 1_048_576.0)
+    let mib = |bytes| bytes as f64 / 1_048_576.0;
+    let round = match progress.round {
+        Some((number, Some(left))) => format!(", round {number} of {:.1} MiB", mib(left)),
+        Some((number, None)) => format!(", round {number}"),
+        None => String::new(),
+    };
+    format!("{}{round}, {:.1} MiB", name(progress.phase), mib(bytes(progress)))
 }

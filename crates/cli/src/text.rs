@@ -36,6 +36,19 @@ pub fn age(created: u64) -> String {
     }
 }
 
+/// How memory was stored, why so, and in which rounds.
+pub fn memory(report: &Report) -> String {
+    let mut text =
+        report.memory.as_ref().map_or_else(String::new, |memory| format!("  memory by {memory}\n"));
+    for (number, round) in (1..).zip(&report.rounds) {
+        let milliseconds = round.duration_us as f64 / 1000.0;
+        let (stored, left) = (size(round.bytes), size(round.left));
+        let _ =
+            writeln!(text, "    round {number}: {stored} in {milliseconds:.1} ms, {left} written meanwhile");
+    }
+    text
+}
+
 /// A number of bytes in its largest unit.
 pub fn size(bytes: u64) -> String {
     match bytes {

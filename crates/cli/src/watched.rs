@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use limosa_image::{Checkpoint, Sink, SpaceId, WriteError};
+use limosa_image::{Checkpoint, Sink, SpaceId, Stage, WriteError};
 use limosa_kernel::signals::Signals;
 
 use crate::context::Failure;
@@ -27,6 +27,7 @@ pub struct Watched<'a> {
     signals: Option<&'static Signals>,
     interrupted: Option<i32>,
     bytes: u64,
+    stage: Option<Stage>,
     begun: Instant,
     bar: Option<ProgressBar>,
 }
@@ -41,7 +42,7 @@ pub fn hold_back() -> Option<&'static Signals> {
 impl<'a> Watched<'a> {
     /// Watches what is written into `sink`, until one of `signals` comes.
     pub fn new(sink: &'a mut dyn Sink, signals: Option<&'static Signals>) -> Self {
-        Self { sink, signals, interrupted: None, bytes: 0, begun: Instant::now(), bar: None }
+        Self { sink, signals, interrupted: None, bytes: 0, stage: None, begun: Instant::now(), bar: None }
     }
 
     /// What came of the writing, unless a signal has come: then everything is undone.
@@ -72,6 +73,11 @@ impl<'a> Watched<'a> {
         }
         if let Some(bar) = &self.bar {
             bar.set_position(self.bytes);
+            bar.set_message(match self.stage {
+                Some(Stage::Round { number, .. }) => format!(", running, round {number}"),
+                Some(Stage::Frozen) => ", frozen".into(),
+                None => String::new(),
+            });
         }
     }
 }
@@ -81,7 +87,7 @@ fn bar(total: Option<u64>) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr());
     let template = match total {
         Some(_) => "{spinner} {bytes} of {total_bytes} read, {bytes_per_sec} ({elapsed})",
-        None => "{spinner} {bytes} written, {bytes_per_sec} ({elapsed})",
+        None => "{spinner} {bytes} written, {bytes_per_sec} ({elapsed}{msg})",
     };
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);
@@ -165,6 +171,11 @@ impl Sink for Watched<'_> {
         self.check()?;
         self.add(data.len() as u64);
         self.sink.pages(space, start, data)
+    }
+
+    fn stage(&mut self, stage: Stage) {
+        self.stage = Some(stage);
+        self.sink.stage(stage);
     }
 
     fn forget(&mut self, space: SpaceId, start: u64, length: u64) -> Result<(), WriteError> {

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 
 use limosa_engine::checkpoint::{self, Captured, TcpConnections, Unaccepted};
 use limosa_engine::twin::Remainder;
-use limosa_engine::{CaptureError, MemoryMode, Refusal, Refusals, Report, preflight};
+use limosa_engine::{CaptureError, MemoryMode, Mode, Refusal, Refusals, Report, preflight};
 use limosa_image::{Sink, WriteError};
 use serde::{Deserialize, Serialize};
 
@@ -96,6 +96,13 @@ impl Source {
     /// Says how its memory is to be stored; by default while it is frozen.
     #[must_use]
     pub fn stored(self, memory: MemoryMode) -> Self {
+        Self { memory, ..self }
+    }
+
+    /// Says why its memory cannot be stored but while it is frozen.
+    #[must_use]
+    pub fn stored_at_once(self, why: &str) -> Self {
+        let memory = if self.memory.mode == Mode::Precopy { self.memory.but(why) } else { self.memory };
         Self { memory, ..self }
     }
 

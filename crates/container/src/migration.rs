@@ -70,7 +70,12 @@ pub fn migrate<C: Connect>(
     })?;
     let destination = connect.address().parse::<Address>().map(|address| address.redacted());
     let fate = gone_to(destination.as_deref().unwrap_or("another host"));
-    let frozen_at = report.elapsed_us();
+    let source = if outgoing.sends_again() {
+        source
+    } else {
+        source.stored_at_once("the destination, an older Limosa, takes memory only once")
+    };
+    let sent_at = report.elapsed_us();
     let mut captured = source.capture(registry, &mut outgoing, report).map_err(MigrateError::BrokenOff)?;
     let ready = match report.phase("destination builds", |_| outgoing.finish()) {
         Ok(ready) => ready.of_instance(captured.instance()),
@@ -87,7 +92,7 @@ pub fn migrate<C: Connect>(
             captured.seal()
         })
     });
-    let frozen_us = report.elapsed_us() - frozen_at;
+    let frozen_us = report.elapsed_us() - report.start_us("freeze").unwrap_or(sent_at);
     match outcome {
         Ok(outcome) => {
             match &outcome {

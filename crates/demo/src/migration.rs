@@ -108,6 +108,7 @@ fn describe(line: Option<&str>) -> (&'static str, String) {
     };
     let activity = match progress.phase.as_str() {
         "negotiating" => "agreeing with the destination",
+        "copying" => "running: its memory is on its way",
         "sending" => "frozen: memory, sockets and files are on their way",
         "preparing" => "frozen: the destination builds",
         "handing-over" => "frozen: handing over",

@@ -189,7 +189,9 @@ pub fn describe(pid: Pid) -> String {
     let stat = fs::read_to_string(format!("/proc/{number}/stat")).unwrap_or_default();
     let command = fs::read_to_string(format!("/proc/{number}/cmdline")).unwrap_or_default();
     let state: Vec<_> = stat.split(' ').take(6).collect();
-    format!("{} {:?}", state.join(" "), command.replace('\0', " "))
+    // How a zombie ended, as wait(2) will tell it.
+    let ended = stat.trim_end().rsplit(' ').next().filter(|code| *code != "0").unwrap_or_default();
+    format!("{} {:?} {ended}", state.join(" "), command.replace('\0', " "))
 }
 
 /// What could be left over.

@@ -136,6 +136,11 @@ fn look_at(pid: Pid, things: &mut BTreeSet<String>) -> Result<bool> {
         return Ok(false);
     }
     let mut stopped = false;
+    // As smaps calls mappings that a userfaultfd watches.
+    let smaps = fs::read_to_string(format!("{directory}/smaps"))?;
+    let flags = smaps.lines().filter_map(|line| line.strip_prefix("VmFlags:"));
+    let watched = flags.filter(|flags| flags.split(' ').any(|flag| ["uw", "um"].contains(&flag))).count();
+    ensure!(watched == 0, "{watched} mappings of process {number} are watched");
     let maps = fs::read_to_string(format!("{directory}/maps"))?;
     things.extend(maps.lines().map(|line| format!("{number} maps {line}")));
     for task in fs::read_dir(format!("{directory}/task"))? {

@@ -95,6 +95,17 @@ fn checkpoint_of_message_queues() {
     sandboxed(|sandbox| sweep_target(sandbox, "message-queues", "stop"));
 }
 
+/// A killed Limosa watches no memory any more, and has left no descriptor of a userfaultfd.
+#[test]
+fn checkpoint_of_twenty_threads_by_rounds() {
+    sandboxed(|sandbox| sweep_target(sandbox, "threads", "precopy"));
+}
+
+#[test]
+fn checkpoint_of_a_tree_by_rounds() {
+    sandboxed(|sandbox| sweep_target(sandbox, "tree", "precopy"));
+}
+
 /// Groups, sessions, zombies, orphans, a stopped child.
 #[test]
 fn checkpoint_of_a_tree() {

@@ -13,16 +13,16 @@ fn cycles() -> usize {
 }
 
 /// Each checkpoint is restored, and what comes back is the source of the next.
-fn cycle(sandbox: &Sandbox, options: &[&str]) -> Result<()> {
+fn cycle(sandbox: &Sandbox, mode: &str, options: &[&str]) -> Result<()> {
     let target = Target::start(sandbox, "writers", options)?;
     for number in 1..=cycles() {
         let context = || format!("cycle {number}");
         let out = sandbox.path("cycle");
         let said =
-            limosa::checkpoint(sandbox, target.root(), &out, Source::GoesOn, &["--mode", "twin", "--json"])
+            limosa::checkpoint(sandbox, target.root(), &out, Source::GoesOn, &["--mode", mode, "--json"])
                 .with_context(context)?;
-        let said = said.success("checkpoint --mode twin").with_context(context)?;
-        ensure!(said.out.contains(r#""mode": "twin""#), "{}: {}", context(), said.out);
+        let said = said.success("checkpoint").with_context(context)?;
+        ensure!(said.out.contains(&format!(r#""mode": "{mode}""#)), "{}: {}", context(), said.out);
         target.verify().context("in the source").with_context(context)?;
         sandbox.end_all()?;
         limosa::restore(sandbox, &out, &[]).with_context(context)?;
@@ -35,10 +35,20 @@ fn cycle(sandbox: &Sandbox, options: &[&str]) -> Result<()> {
 
 #[test]
 fn memory_that_is_written_at_full_speed() {
-    sandboxed(|sandbox| cycle(sandbox, &[]));
+    sandboxed(|sandbox| cycle(sandbox, "twin", &[]));
 }
 
 #[test]
 fn memory_that_is_mapped_moved_and_given_back_meanwhile() {
-    sandboxed(|sandbox| cycle(sandbox, &["churn"]));
+    sandboxed(|sandbox| cycle(sandbox, "twin", &["churn"]));
+}
+
+#[test]
+fn memory_that_is_written_at_full_speed_between_rounds() {
+    sandboxed(|sandbox| cycle(sandbox, "precopy", &[]));
+}
+
+#[test]
+fn memory_that_is_mapped_moved_and_given_back_between_rounds() {
+    sandboxed(|sandbox| cycle(sandbox, "precopy", &["churn"]));
 }

@@ -9,11 +9,11 @@
 use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 
-use limosa_image::Sink;
+use limosa_image::{Sink, SpaceId, Stage};
 use limosa_kernel::memory::ForeignMemory;
-use limosa_kernel::proc::{MappingName, ProcDir, TaskState};
+use limosa_kernel::proc::{ProcDir, TaskState};
 use limosa_kernel::task::{self, Comparison};
-use limosa_puppet::{Outcome, Program, Vdso, Visit, step_out_of_stub};
+use limosa_puppet::{Program, Visit, step_out_of_stub};
 
 use crate::error::{CaptureError, Refusal};
 use crate::flight;
@@ -24,6 +24,7 @@ use crate::memory::{self, SpaceAllocator, Way};
 use crate::memory_mode::{MemoryMode, Mode};
 use crate::network::{self, Network};
 use crate::peers;
+use crate::precopy::{Precopy, Unavailable};
 use crate::report::Report;
 use crate::resources::mapping::MappingState;
 use crate::resources::namespaces::{Home, settings};
@@ -38,6 +39,7 @@ use crate::sharing;
 use crate::state::{Body, Description, Descriptor, Life, Pages, Process, TREE, Thread, Tree};
 use crate::twin::{self, Remainder};
 use crate::view::{DescriptionView, Place, ProcessView, ThreadView};
+use crate::visits::{locate_vdso, run_inside};
 
 /// How to checkpoint.
 #[derive(Debug, Default)]
@@ -89,7 +91,7 @@ pub struct Captured {
     /// Whether the kernel ends and reaps all with the root, which leads a PID namespace.
     own_pid_namespace: bool,
     root: i32,
-    // Dropped last: processes that run reap their twins.
+    // Dropped last: processes that run reap their twins, and are watched no longer.
     remainder: Remainder,
 }
 
@@ -104,7 +106,9 @@ pub fn capture(
     let settings = if options.container { settings::of_process(root)? } else { Vec::new() };
     // Asking a virtual processor takes a moment.
     let registers = Some(Layout::here());
+    let (mut precopy, mode) = store_early(root, sink, options, report)?;
     let (frozen, listeners) = listeners::freeze(root, options, report)?;
+    sink.stage(Stage::Frozen);
     let views = report.phase("look", |_| views(&frozen))?;
     twin::reap_leftovers(&frozen, &views)?;
     report.phase("sharing", |_| -> Result<(), CaptureError> {
@@ -113,22 +117,24 @@ pub fn capture(
         let mut living = views.iter().filter(|view| view.status.state != TaskState::Zombie);
         living.try_for_each(|view| home.refuse_strays(view))
     })?;
-    let mut spaces = SpaceAllocator::default();
+    let mut spaces = precopy.spaces();
     let mut shared = SharedObjects::default();
     let namespaces = report.phase("namespaces", |_| {
         NamespaceState::capture(&views[0], options.container, Some((&mut *sink, settings)))
     })?;
-    let mut processes = report.phase("ask", |_| ask_all(&frozen, &views, &mut spaces, &mut shared))?;
+    let mut processes =
+        report.phase("ask", |_| ask_all(&frozen, &views, (&precopy, &mut spaces), &mut shared))?;
     let (descriptions, network, terminals) = report.phase("descriptors", |_| {
         let came_later = listeners.as_ref().is_some_and(|listeners| listeners.were_empty);
         capture_descriptors(&views, &mut processes, sink, &mut spaces, &mut shared, options, came_later)
     })?;
     let mut runs = report.phase("pages", |_| sharing::survey(&views, &mut processes))?;
+    report.phase("changes", |_| precopy.settle(&views, &processes, &mut runs, sink))?;
     let mut remainder = Remainder::default();
-    if options.memory.mode == Mode::Twin {
+    if mode.mode == Mode::Twin {
         remainder = report.phase("fork", |_| twin::fork_all(&views, &processes, &mut runs))?;
     }
-    report.memory = Some(remainder.explain(&options.memory));
+    report.memory = Some(remainder.explain(&mode));
     report.phase("memory", |report| -> Result<(), CaptureError> {
         for ((view, process), runs) in views.iter().zip(&processes).zip(&runs) {
             if let Life::Alive(body) = &process.life {
@@ -153,8 +159,31 @@ pub fn capture(
     report.phase("state", |_| limosa_image::put(sink, TREE, &tree))?;
     let own_pid_namespace = tree.namespaces.own.iter().any(|kind| kind == "pid");
     remainder.take_mappings(&mut tree.processes);
+    remainder.keep(precopy);
     drop(views);
     Ok(Captured { network, frozen, listeners, own_pid_namespace, root, remainder })
+}
+
+/// Stores memory while the tree runs, if that is how it is to be done, and can be; how it is done then.
+fn store_early(
+    root: i32,
+    sink: &mut dyn Sink,
+    options: &Options,
+    report: &mut Report,
+) -> Result<(Precopy, MemoryMode), CaptureError> {
+    let plan = options.memory.clone();
+    if plan.mode != Mode::Precopy {
+        return Ok((Precopy::default(), plan));
+    }
+    let mut rounds = Vec::new();
+    let stored = report.phase("pre-copy", |_| Precopy::run(root, sink, plan.goal, &mut rounds));
+    report.page_bytes += rounds.iter().map(|round| round.bytes).sum::<u64>();
+    report.rounds = rounds;
+    match stored {
+        Ok(precopy) => Ok((precopy, plan)),
+        Err(Unavailable::Missing(why)) => Ok((Precopy::default(), plan.but(why))),
+        Err(Unavailable::Failed(error)) => Err(error),
+    }
 }
 
 impl Captured {
@@ -236,7 +265,7 @@ fn views(frozen: &Frozen) -> Result<Vec<ProcessView<'_>>, CaptureError> {
 fn ask_all(
     frozen: &Frozen,
     views: &[ProcessView],
-    spaces: &mut SpaceAllocator,
+    (precopy, spaces): (&Precopy, &mut SpaceAllocator),
     shared: &mut SharedObjects,
 ) -> Result<Vec<Process>, CaptureError> {
     let own: HashMap<i32, i32> = views.iter().map(|view| (view.pid, view.own_pid)).collect();
@@ -249,7 +278,8 @@ fn ask_all(
             let children = frozen.processes.iter().filter(|child| child.parent == process.pid);
             let stopped = children.filter(|child| child.job_stopped.is_some());
             let stopped: Vec<i32> = stopped.filter_map(|child| own.get(&child.pid).copied()).collect();
-            Life::Alive(Box::new(capture_body(process, view, spaces, shared, (&stopped, &mut unreported))?))
+            let space = precopy.space_of(view).unwrap_or_else(|| spaces.next());
+            Life::Alive(Box::new(capture_body(process, view, space, shared, (&stopped, &mut unreported))?))
         };
         processes.push(Process {
             pid: view.own_pid,
@@ -267,7 +297,7 @@ fn ask_all(
 fn capture_body(
     process: &FrozenProcess,
     view: &ProcessView,
-    spaces: &mut SpaceAllocator,
+    space: SpaceId,
     shared: &mut SharedObjects,
     (stopped_children, unreported): (&[i32], &mut HashSet<i32>),
 ) -> Result<Body, CaptureError> {
@@ -310,7 +340,7 @@ fn capture_body(
     let (mut state, late) = state.ok_or(CaptureError::Ended { pid: process.pid })?;
     state.address_space.capture_deleted(view, shared)?;
     Ok(Body {
-        pages: Pages::Own(spaces.next()),
+        pages: Pages::Own(space),
         huge_pages: Vec::new(),
         mappings: MappingState::capture_all(view, shared)?,
         descriptors: Vec::new(),
@@ -322,25 +352,6 @@ fn capture_body(
         late,
         vdso: vdso::Adaptation::default(),
     })
-}
-
-/// Has the leader of a frozen process run a program of its own, which must be harmless also when nobody waits for it.
-pub(crate) fn run_inside(view: &ProcessView, program: Program) -> Result<Outcome, CaptureError> {
-    let foreign = ForeignMemory::open(view.pid)?;
-    let vdso = locate_vdso(view, &foreign)?;
-    let mut visit =
-        Visit::begin(view.pid, view.pid, vdso, &foreign, view.status.signals.caught, program.size())?;
-    let outcome = visit.run(program)?;
-    visit.end()?;
-    Ok(outcome)
-}
-
-pub(crate) fn locate_vdso(view: &ProcessView, memory: &ForeignMemory) -> Result<Vdso, CaptureError> {
-    let mapping =
-        view.mappings.iter().find(|mapping| mapping.name == MappingName::Vdso).ok_or_else(|| {
-            Refusal::process(view.pid, "it has no vDSO", "run it on a kernel with vdso enabled (no vdso=0)")
-        })?;
-    Ok(Vdso::locate(view.pid, memory, mapping.start, mapping.end)?)
 }
 
 /// Finds out which descriptors share an open file description, and captures each description once.

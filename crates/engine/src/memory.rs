@@ -15,6 +15,8 @@ use crate::state::{Body, Pages};
 const PAGE: usize = 4096;
 /// Larger buffers leave the processor's caches and are slower.
 const BUFFER: usize = 256 * 1024;
+/// Most ranges that are read by one call.
+const MOST_RANGES: usize = 512;
 
 /// Gives out spaces for page data.
 #[derive(Debug, Default)]
@@ -51,10 +53,15 @@ pub fn copy_out(
     let mut foreign = None;
     let mut copier = Copier { pid, space, sink, buffer: vec![0; BUFFER], ranges: Vec::new(), stored: 0 };
     for (mapping, runs) in mappings.iter().zip(runs) {
-        let skip_zeros = mapping.starts_as_zeros();
         let readable = mapping.protection & libc::PROT_READ as u32 != 0;
+        let mut skipped_zeros = false;
         for run in runs {
             let length = run.length();
+            let skip_zeros = mapping.starts_as_zeros() && !run.again;
+            if skip_zeros != skipped_zeros {
+                copier.flush(skipped_zeros)?;
+                skipped_zeros = skip_zeros;
+            }
             if readable && !run.shared && way == Way::Direct {
                 copier.add(run.start, length, skip_zeros)?;
             } else {
@@ -67,9 +74,90 @@ pub fn copy_out(
                 }
             }
         }
-        copier.flush(skip_zeros)?;
+        copier.flush(skipped_zeros)?;
     }
     Ok(copier.stored)
+}
+
+/// Copies pages of a process that runs, from one mapping, into `sink`; those that it drops meanwhile are left out, and pages
+/// of zeros that have not been `given` before if `skip_zeros`. What is stored is returned.
+pub fn copy_running(
+    (pid, space): (i32, SpaceId),
+    runs: &[(u64, u64)],
+    (readable, skip_zeros): (bool, bool),
+    given: &Pieces,
+    sink: &mut dyn Sink,
+) -> Result<Vec<Piece>, CaptureError> {
+    let mut stored = Vec::new();
+    let mut buffer = vec![0; BUFFER];
+    let foreign = ForeignMemory::open(pid)?;
+    let mut put = |start: u64, bytes: &[u8]| -> Result<(), CaptureError> {
+        let mut begin = 0;
+        let mut flush = |begin: usize, end: usize| -> Result<(), CaptureError> {
+            if begin < end {
+                sink.pages(space, start + begin as u64, &bytes[begin..end])?;
+                stored.push(Piece { space, start: start + begin as u64, end: start + end as u64 });
+            }
+            Ok(())
+        };
+        for (index, page) in bytes.chunks(PAGE).enumerate().filter(|(_, page)| skip_zeros && is_zero(page)) {
+            let at = start + (index * PAGE) as u64;
+            if given.within(space, at, at + PAGE as u64).next().is_none() {
+                flush(begin, index * PAGE)?;
+                begin = index * PAGE + page.len();
+            }
+        }
+        flush(begin, bytes.len())
+    };
+    for group in Groups::of(runs) {
+        let length = group.iter().map(|range| range.length as usize).sum();
+        let bytes = &mut buffer[..length];
+        if readable && memory::read_ranges(pid, &group, bytes).is_ok() {
+            let mut at = 0;
+            for range in &group {
+                put(range.start, &bytes[at..at + range.length as usize])?;
+                at += range.length as usize;
+            }
+            continue;
+        }
+        // Something of it is gone, or not to be read by the process itself.
+        for range in &group {
+            for start in (range.start..range.start + range.length).step_by(PAGE) {
+                if foreign.read(start, &mut bytes[..PAGE]).is_ok() {
+                    put(start, &bytes[..PAGE])?;
+                }
+            }
+        }
+    }
+    Ok(stored)
+}
+
+/// Ranges that one call reads: as many as fit a buffer, and the kernel takes.
+struct Groups<'a> {
+    runs: std::slice::Iter<'a, (u64, u64)>,
+    rest: Option<(u64, u64)>,
+}
+
+impl<'a> Groups<'a> {
+    fn of(runs: &'a [(u64, u64)]) -> Self {
+        Self { runs: runs.iter(), rest: None }
+    }
+}
+
+impl Iterator for Groups<'_> {
+    type Item = Vec<Range>;
+
+    fn next(&mut self) -> Option<Vec<Range>> {
+        let (mut group, mut room) = (Vec::new(), BUFFER as u64);
+        while room > 0 && group.len() < MOST_RANGES {
+            let Some((start, end)) = self.rest.take().or_else(|| self.runs.next().copied()) else { break };
+            let length = (end - start).min(room);
+            group.push(Range { start, length });
+            room -= length;
+            self.rest = (start + length < end).then_some((start + length, end));
+        }
+        (!group.is_empty()).then_some(group)
+    }
 }
 
 /// Gathers runs of pages until the buffer is full, and reads them by one call.
@@ -94,7 +182,7 @@ impl Copier<'_> {
             self.ranges.push(Range { start, length: part });
             start += part;
             length -= part;
-            if part == room || self.ranges.len() == 512 {
+            if part == room || self.ranges.len() == MOST_RANGES {
                 self.flush(skip_zeros)?;
             }
         }

@@ -9,10 +9,10 @@ use std::collections::HashMap;
 use limosa_kernel::net::peer;
 use limosa_puppet::{Data, Program};
 
-use crate::checkpoint::run_inside;
 use crate::error::CaptureError;
 use crate::network;
 use crate::view::DescriptionView;
+use crate::visits::run_inside;
 
 /// The ID in the tree of the peers that Limosa does not know, by the inode number of the socket. The tree is frozen.
 pub(crate) fn ask(

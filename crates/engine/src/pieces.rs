@@ -119,6 +119,13 @@ impl Pieces {
         Self(self.0.iter().flat_map(inside).collect())
     }
 
+    /// The parts of the pieces of `space` from the address `start` to `end`.
+    pub fn within(&self, space: SpaceId, start: u64, end: u64) -> impl Iterator<Item = Piece> + '_ {
+        let first = self.0.partition_point(|piece| (piece.space, piece.end) <= (space, start));
+        let there = move |piece: &&Piece| piece.space == space && piece.start < end;
+        self.0[first..].iter().take_while(there).filter_map(move |piece| piece.within(start, end))
+    }
+
     /// The addresses of all pieces, sorted and disjoint.
     pub fn addresses(&self) -> Vec<(u64, u64)> {
         let mut ranges: Vec<_> = self.0.iter().map(|piece| (piece.start, piece.end)).collect();
@@ -199,6 +206,17 @@ mod tests {
             pieces(&[(1, 0, 9)]).without(&pieces(&[(1, 2, 3), (1, 5, 6)])),
             pieces(&[(1, 0, 2), (1, 3, 5), (1, 6, 9)])
         );
+    }
+
+    #[test]
+    fn a_part_of_one_space() {
+        let all = pieces(&[(1, 0, 9), (2, 0, 3), (2, 5, 9), (2, 12, 14), (3, 0, 9)]);
+        assert_eq!(
+            all.within(SpaceId(2), 2, 13).collect::<Pieces>(),
+            pieces(&[(2, 2, 3), (2, 5, 9), (2, 12, 13)])
+        );
+        assert_eq!(all.within(SpaceId(2), 3, 5).count(), 0);
+        assert_eq!(all.within(SpaceId(4), 0, 99).count(), 0);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::memory_mode::MemoryMode;
+use crate::precopy::Round;
 
 /// One phase of an operation.
 #[derive(Clone, Debug, Serialize)]
@@ -37,6 +38,9 @@ pub struct Report {
     /// How memory was captured, at a checkpoint.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryMode>,
+    /// The rounds in which memory was stored while the source ran.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rounds: Vec<Round>,
 }
 
 impl Default for Report {
@@ -50,6 +54,7 @@ impl Default for Report {
             mappings: 0,
             page_bytes: 0,
             memory: None,
+            rounds: Vec::new(),
         }
     }
 }

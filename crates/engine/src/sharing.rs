@@ -35,6 +35,8 @@ pub struct Run {
     /// Whether another process may have them as well. process_vm_readv(2) would make a copy of each for the process that
     /// it reads (it pins pages, and a pinned page must be the process's alone): they are read otherwise.
     pub shared: bool,
+    /// Whether pages of it were stored before, so that zeros are to be stored in their place, too.
+    pub again: bool,
 }
 
 impl Run {
@@ -80,7 +82,8 @@ fn populated(view: &ProcessView, body: &mut Body) -> Result<Vec<Vec<PageRun>>, C
         if !mapping.is_private() || mapping.is_droppable() {
             return Ok(Vec::new());
         }
-        let (runs, guards) = scanner.populated_and_guards(mapping.start..mapping.end())?;
+        let range = mapping.start..mapping.end();
+        let (runs, guards) = scanner.populated_and_guards(range, mapping.starts_as_zeros())?;
         mapping.guards = guards.into_iter().map(|run| (run.start, run.end)).collect();
         Ok(runs)
     };
@@ -300,7 +303,7 @@ fn own_runs(runs: &[PageRun], shared: &Shared) -> Vec<Run> {
         let mut start = run.start;
         let mut add = |start, end, shared| {
             if start < end {
-                own.push(Run { start, end, shared });
+                own.push(Run { start, end, shared, again: false });
             }
         };
         for (from, to, stored) in special {

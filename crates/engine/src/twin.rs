@@ -19,20 +19,21 @@ use limosa_image::{Sink, SpaceId};
 use limosa_kernel::memory::ForeignMemory;
 use limosa_kernel::proc::{ProcDir, Stat, TaskState};
 use limosa_kernel::ptrace::{self, Options, WaitStatus};
-use limosa_puppet::{Program, ProgramError, Visit, step_out_of_stub};
+use limosa_puppet::{Program, ProgramError, Visit};
 
-use crate::checkpoint::{locate_vdso, reap_inside};
+use crate::checkpoint::reap_inside;
 use crate::error::CaptureError;
-use crate::freeze::{Frozen, seize, settle};
+use crate::freeze::Frozen;
 use crate::memory::{self, Way};
 use crate::memory_mode::MemoryMode;
+use crate::precopy::Precopy;
 use crate::preflight;
 use crate::report::Report;
 use crate::resources::mapping::MappingState;
-use crate::resources::registers;
 use crate::sharing::OwnRuns;
 use crate::state::{Life, Process};
 use crate::view::ProcessView;
+use crate::visits::{locate_vdso, visit_running};
 
 /// Its name in `/proc/PID/stat`.
 const NAME: &str = "limosa-twin";
@@ -168,26 +169,10 @@ fn trace(tid: i32, events: Options) -> Result<(), CaptureError> {
 /// Has a running process reap `children`, twins that have ended: its first thread stops for a moment, and is in no stub of a
 /// killed checkpoint afterwards.
 fn reap(parent: i32, children: &[i32]) -> Result<(), CaptureError> {
-    match seize(parent) {
-        // Then they have another parent, which reaps whoever comes to it.
-        Err(error) if error.is_gone() => return Ok(()),
-        seized => seized?,
-    }
-    let reaped = (|| {
-        ptrace::interrupt(parent)?;
-        if settle(parent)?.is_none() {
-            return Ok(());
-        }
-        let (proc, foreign) = (ProcDir::open(parent)?, ForeignMemory::open(parent)?);
-        let view = ProcessView::glance(parent, &proc)?;
-        step_out_of_stub(parent, &locate_vdso(&view, &foreign)?)?;
-        registers::hide_interruption(parent)?;
-        if children.is_empty() { Ok(()) } else { reap_inside(&view, children) }
-    })();
-    if let Err(error) = ptrace::detach(parent, 0) {
-        tracing::debug!(parent, %error, "detach");
-    }
-    reaped
+    // If it has ended, they have another parent, which reaps whoever comes to it.
+    let reaped =
+        visit_running(parent, |view| if children.is_empty() { Ok(()) } else { reap_inside(view, children) });
+    reaped.map(drop)
 }
 
 /// Memory that is still to be stored, while the tree runs on. Dropped, nothing of it is left in the tree.
@@ -196,6 +181,8 @@ pub struct Remainder {
     parts: Vec<Part>,
     /// Why processes could not fork, so that their memory was stored while they were frozen.
     refused: Option<(i32, io::Error)>,
+    /// What is watched, to be let go when the tree runs.
+    precopy: Precopy,
 }
 
 #[derive(Debug)]
@@ -249,6 +236,11 @@ impl Remainder {
     /// Whether there is nothing left to be stored.
     pub fn is_empty(&self) -> bool {
         self.parts.is_empty()
+    }
+
+    /// Keeps what is watched until it is dropped.
+    pub(crate) fn keep(&mut self, precopy: Precopy) {
+        self.precopy = precopy;
     }
 
     /// What has become of `plan`.

@@ -43,7 +43,7 @@ pub use manifest::{
     CheckpointId, Digest, FORMAT_VERSION, FileEntry, Manifest, Meta, ParseHexError, SectionEntry,
 };
 pub use name::{MAX_NAME, is_valid as is_valid_name};
-pub use sink::{Sink, put};
+pub use sink::{Sink, Stage, put};
 pub use staging::Staging;
 pub use verify::{VerifyReport, verify};
 /// The checks of a `memory.index`, alone, for fuzzing. Returns the number of extents.

@@ -14,6 +14,20 @@ use crate::name;
 /// All sections together are no larger: 1 GiB.
 pub(crate) const MAX_STATE: u64 = 1 << 30;
 
+/// Where a source is that is being captured: told to a [`Sink`] for whoever watches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// It runs, and its memory is being stored.
+    Round {
+        /// How many times now, from 1.
+        number: u32,
+        /// Bytes that were written again since the round before; unknown in the first.
+        left: Option<u64>,
+    },
+    /// It stands still.
+    Frozen,
+}
+
 /// Where the engine puts a checkpoint while it captures it.
 pub trait Sink {
     /// Adds the section `name`, a single CBOR value. [`put`] encodes it.
@@ -27,6 +41,9 @@ pub trait Sink {
     /// Takes pages that were given before out again, and need not have been: they are not in the checkpoint, unless they are
     /// given once more.
     fn forget(&mut self, space: SpaceId, start: u64, length: u64) -> Result<(), WriteError>;
+
+    /// Takes note of where the source is. Nothing of it is in the checkpoint.
+    fn stage(&mut self, _: Stage) {}
 
     /// Adds the blob `name` with everything that `content` yields; returns its length in bytes.
     fn blob(&mut self, name: &str, content: &mut dyn Read) -> Result<u64, WriteError>;

@@ -21,7 +21,7 @@ use rustix::fs::OFlags;
 
 use crate::proc::ProcDir;
 use crate::{Error, Result, fault};
-pub use words::{Frame, categories, pages_moved};
+pub use words::{Frame, categories, pages_moved, sees_frames};
 
 bitflags::bitflags! {
     /// What a page is; the bits are those of `PAGE_IS_*`.
@@ -250,12 +250,18 @@ impl PagemapScanner {
         self.populated_by(range, &Filter::OWN_DATA.for_anonymous())
     }
 
-    /// The same as [`Self::populated`], and the guard regions (`MADV_GUARD_INSTALL`, Linux 6.13) in the range.
-    pub fn populated_and_guards(&mut self, range: Range<u64>) -> Result<(Vec<PageRun>, Vec<PageRun>)> {
+    /// The same as [`Self::populated`], or as [`Self::populated_anonymous`], and the guard regions (`MADV_GUARD_INSTALL`,
+    /// Linux 6.13) in the range.
+    pub fn populated_and_guards(
+        &mut self,
+        range: Range<u64>,
+        anonymous: bool,
+    ) -> Result<(Vec<PageRun>, Vec<PageRun>)> {
+        let own = if anonymous { Filter::OWN_DATA.for_anonymous() } else { Filter::OWN_DATA };
         let filter = Filter {
-            none_of: Filter::OWN_DATA.none_of.difference(Categories::GUARD),
-            report: Filter::OWN_DATA.report.union(Categories::GUARD),
-            ..Filter::OWN_DATA
+            none_of: own.none_of.difference(Categories::GUARD),
+            report: own.report.union(Categories::GUARD),
+            ..own
         };
         let only_guards = Filter {
             all_of: Categories::GUARD,
@@ -266,7 +272,7 @@ impl PagemapScanner {
         let (mut found, mut guards) = (Vec::new(), Vec::new());
         if !self.has_scan() {
             self.scan(range.clone(), &only_guards, &mut guards)?;
-            return Ok((self.populated(range)?, guards));
+            return Ok((self.populated_by(range, &own)?, guards));
         }
         self.scan(range, &filter, &mut found)?;
         if !self.known.contains(Categories::GUARD) {
@@ -282,7 +288,7 @@ impl PagemapScanner {
             }
             !guard
         });
-        Ok((self.see_through(found, &Filter::OWN_DATA)?, guards))
+        Ok((self.see_through(found, &own)?, guards))
     }
 
     fn populated_by(&mut self, range: Range<u64>, filter: &Filter) -> Result<Vec<PageRun>> {

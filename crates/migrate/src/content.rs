@@ -85,7 +85,7 @@ impl Intake<'_, '_> {
         let counters = self.link.counters();
         if counters.bytes_received - self.told >= TELL_EVERY {
             self.told = counters.bytes_received;
-            (self.watch)(&Progress { phase: Phase::Sending, counters });
+            (self.watch)(&Progress { phase: Phase::Receiving, counters, round: None });
         }
         Ok(frame)
     }

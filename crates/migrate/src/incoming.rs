@@ -248,7 +248,7 @@ impl<'a> Greeted<'a> {
 
 impl<'a> Receiving<'a> {
     fn build<D: Destination>(mut self, destination: &mut D) -> Result<Built<'a, D::Prepared>, ReceiveError> {
-        tell(&mut self.watch, &self.link, Phase::Sending);
+        tell(&mut self.watch, &self.link, Phase::Receiving);
         if let Err(error) = content::receive(&self.link, destination.sink(), &mut self.watch) {
             return Err(self.give_up(destination, error));
         }
@@ -324,7 +324,7 @@ impl<P> Built<'_, P> {
             tracing::warn!(id = %offer.id, error = chain(&error), "that the container was started could not be recorded");
         }
         let acknowledged = tell_started(&link, &claim, &report, note);
-        watch(&Progress { phase: Phase::Over, counters: acknowledged.1 });
+        watch(&Progress { phase: Phase::Over, counters: acknowledged.1, round: None });
         Ok(Received::Started { offer: Box::new(offer), report, acknowledged: acknowledged.0 })
     }
 
@@ -388,5 +388,5 @@ fn send_answer(link: Link, store: &Store, ask: &Ask, answer: &Answer) -> Result<
 }
 
 fn tell(watch: &mut Watch<'_>, link: &Link, phase: Phase) {
-    watch(&Progress { phase, counters: link.counters() });
+    watch(&Progress { phase, counters: link.counters(), round: None });
 }

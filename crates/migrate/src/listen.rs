@@ -159,7 +159,11 @@ impl Listener {
             let result =
                 incoming::receive_noting(transport, destination, store, &self.limits, told, &mut noted);
             if may_ask {
-                watch(&Progress { phase: Phase::Settling, counters: crate::Counters::default() });
+                watch(&Progress {
+                    phase: Phase::Settling,
+                    counters: crate::Counters::default(),
+                    round: None,
+                });
                 wait_for_questions(&happened, self.limits.outcome);
             }
             Ok(result?)

@@ -9,7 +9,7 @@
 
 use std::io::Read;
 
-use limosa_image::{Sink, SpaceId, WriteError};
+use limosa_image::{Sink, SpaceId, Stage, WriteError};
 
 use crate::frame::{Kind, MAX_DATA};
 use crate::limits::Limits;
@@ -31,6 +31,8 @@ pub struct Outgoing<'w, P> {
     link: Link,
     watch: Watch<'w>,
     told: u64,
+    /// The round of pre-copy.
+    round: Option<(u32, Option<u64>)>,
     phase: P,
 }
 
@@ -107,11 +109,11 @@ impl<'w, P> Outgoing<'w, P> {
     fn tell(&mut self, phase: Phase) {
         let counters = self.link.counters();
         self.told = counters.bytes_sent;
-        (self.watch)(&Progress { phase, counters });
+        (self.watch)(&Progress { phase, counters, round: self.round.filter(|_| phase == Phase::Copying) });
     }
 
     fn next_phase<Q>(self, phase: Q, name: Phase) -> Outgoing<'w, Q> {
-        let mut next = Outgoing { link: self.link, watch: self.watch, told: self.told, phase };
+        let mut next = Outgoing { link: self.link, watch: self.watch, told: self.told, round: None, phase };
         next.tell(name);
         next
     }
@@ -121,7 +123,7 @@ impl<'w> Outgoing<'w, Negotiating> {
     /// Agrees on a version with whoever is at the other end.
     pub fn connect(transport: Transport, limits: &Limits, watch: Watch<'w>) -> Result<Self, PeerError> {
         let link = session::greet(transport, limits)?;
-        let mut outgoing = Self { link, watch, told: 0, phase: Negotiating(()) };
+        let mut outgoing = Self { link, watch, told: 0, round: None, phase: Negotiating(()) };
         outgoing.tell(Phase::Negotiating);
         Ok(outgoing)
     }
@@ -137,7 +139,8 @@ impl<'w> Outgoing<'w, Negotiating> {
         }
         let accept: Accept = session::expect(&frame, Kind::Accept, "the answer to the offer")?;
         let phase = Sending { offer: offer.clone(), accept, totals: Totals::default() };
-        Ok(self.next_phase(phase, Phase::Sending))
+        // What it sends first, the engine will say ([`Sink::stage`]).
+        Ok(self.next_phase(phase, Phase::Negotiating))
     }
 }
 
@@ -179,7 +182,7 @@ impl<'w> Outgoing<'w, Sending> {
         let header = self.link.send(kind, parts).map_err(|error| session::last_words(&self.link, error))?;
         self.phase.totals.note(&header);
         if self.link.counters().bytes_sent - self.told >= TELL_EVERY {
-            self.tell(Phase::Sending);
+            self.tell(if self.round.is_some() { Phase::Copying } else { Phase::Sending });
         }
         Ok(())
     }
@@ -227,6 +230,14 @@ impl Sink for Outgoing<'_, Sending> {
         }
         let what = || format!("{length} bytes of memory at {start:#x}");
         self.send_pages(space, start, data).map_err(|error| lost(what())(error))
+    }
+
+    fn stage(&mut self, stage: Stage) {
+        self.round = match stage {
+            Stage::Round { number, left } => Some((number, left)),
+            Stage::Frozen => None,
+        };
+        self.tell(if self.round.is_some() { Phase::Copying } else { Phase::Sending });
     }
 
     fn forget(&mut self, space: SpaceId, start: u64, length: u64) -> Result<(), WriteError> {

@@ -8,8 +8,12 @@ use std::time::Duration;
 pub enum Phase {
     /// Agreeing on a version and on the offer.
     Negotiating,
-    /// The checkpoint is on its way.
+    /// Memory is on its way while the source runs.
+    Copying,
+    /// The source is frozen, and the rest of the checkpoint is on its way.
     Sending,
+    /// The destination's side of both.
+    Receiving,
     /// The destination builds.
     Preparing,
     /// Ownership is handed over.
@@ -42,6 +46,8 @@ pub struct Progress {
     pub phase: Phase,
     /// The connection's counters.
     pub counters: Counters,
+    /// In [`Phase::Copying`]: how many times now, from 1; and how many bytes had been written again when it began.
+    pub round: Option<(u32, Option<u64>)>,
 }
 
 /// Who wants to know: called when the phase changes and about every mebibyte; it should return quickly.

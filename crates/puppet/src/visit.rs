@@ -138,6 +138,12 @@ impl VisitError {
     }
 }
 
+/// The result of a call that is only being entered (and behind which the thread already stands).
+const ENTERED: u64 = -(libc::ENOSYS as i64) as u64;
+
+/// A system call to be looked at, and who looks.
+type Pause<'a> = Option<(i64, &'a mut dyn FnMut(u64))>;
+
 /// How the thread's reports reach us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reporting {
@@ -181,8 +187,6 @@ impl Reporting {
 
     /// Whether a stop without an event is the report made right before `address`. Others may send S, too.
     fn is_made(self, tid: i32, signal: i32, address: u64) -> limosa_kernel::Result<bool> {
-        /// The result of a call that is only being entered (and behind which the thread already stands).
-        const ENTERED: u64 = -(libc::ENOSYS as i64) as u64;
         if !self.may_be(signal) {
             return Ok(false);
         }
@@ -268,6 +272,21 @@ impl<'m> Visit<'m> {
 
     /// Runs `program` in the thread.
     pub fn run(&mut self, program: Program) -> Result<Outcome, VisitError> {
+        self.run_watched(program, None)
+    }
+
+    /// The same; whenever the thread is about to make the system call `number`, `look` is given its first argument: a
+    /// descriptor, say, that the program opened and is about to close again, so that it does so unattended, too.
+    pub fn run_pausing(
+        &mut self,
+        program: Program,
+        number: i64,
+        look: &mut dyn FnMut(u64),
+    ) -> Result<Outcome, VisitError> {
+        self.run_watched(program, Some((number, look)))
+    }
+
+    fn run_watched(&mut self, program: Program, pause: Pause<'_>) -> Result<Outcome, VisitError> {
         let rendered = program.render(self.scratch);
         let image = rendered.image();
         if image.len() > self.scratch_size {
@@ -285,7 +304,7 @@ impl<'m> Visit<'m> {
             ptrace::set_registers(self.tid, &registers)?;
         }
         self.fresh = false;
-        self.step(arch::visitor_layout().finished)?;
+        self.step_pausing(arch::visitor_layout().finished, pause)?;
         let mut after = vec![0; image.len()];
         memory::read(self.pid, self.scratch, &mut after)?;
         Ok(rendered.outcome(after))
@@ -334,15 +353,30 @@ impl<'m> Visit<'m> {
 
     /// Resumes the thread until it has made the report that ends at `done`, an offset in the stub.
     fn step(&mut self, done: u64) -> Result<(), VisitError> {
+        self.step_pausing(done, None)
+    }
+
+    fn step_pausing(&mut self, done: u64, mut pause: Pause<'_>) -> Result<(), VisitError> {
         let done = self.slot.address + done;
         let mut deliver = 0;
         loop {
-            self.reporting.resume(self.tid, deliver)?;
+            match &pause {
+                Some(_) => ptrace::resume_to_syscall_delivering(self.tid, deliver)?,
+                None => self.reporting.resume(self.tid, deliver)?,
+            }
             deliver = 0;
             match wait(self.tid)? {
                 WaitStatus::Stopped { signal, event: 0 } => {
                     if self.reporting.is_made(self.tid, signal, done)? {
                         return Ok(());
+                    }
+                    let on_its_way = Reporting::SyscallExit.may_be(signal);
+                    if let (Some((number, look)), true) = (&mut pause, on_its_way) {
+                        let registers = ptrace::registers(self.tid)?;
+                        if registers.orig_rax == *number as u64 && registers.rax == ENTERED {
+                            look(registers.rdi);
+                        }
+                        continue;
                     }
                     match signal {
                         // Somebody else's S, as harmless as ours; or on its way from call to call.

@@ -50,7 +50,7 @@ impl FromStr for Target {
 #[command(after_help = "Examples:\n  \
     limosa checkpoint pid:1234 --out /var/tmp/ck\n  \
     limosa checkpoint web --out /var/tmp/web.1 --leave-running\n  \
-    limosa checkpoint web --out /var/tmp/web.2 --leave-running --mode stop\n  \
+    limosa checkpoint web --out /var/tmp/web.2 --leave-running --mode precopy\n  \
     limosa checkpoint pid:1234 --out /var/tmp/ck --external tty=/dev/pts/5\n  \
     limosa checkpoint pid:1234 --out /var/tmp/ck --external log=/var/log/job.log --trace /tmp/trace.json")]
 pub struct Checkpoint {
@@ -65,8 +65,9 @@ pub struct Checkpoint {
     #[arg(long)]
     leave_running: bool,
 
-    /// How memory is stored: while the source is frozen (stop), or while it runs on, from a copy that it makes of itself by
-    /// fork (twin; only with --leave-running). What is best if it is not given; the report says what was done, and why.
+    /// How memory is stored: while the source is frozen (stop); while it runs on, from a copy that it makes of itself by
+    /// fork (twin; only with --leave-running); or before it is frozen, in rounds, but for what it writes last (precopy).
+    /// What is best if it is not given; the report says what was done, and why.
     #[arg(long, value_enum, value_name = "MODE")]
     mode: Option<HowStored>,
 
@@ -84,6 +85,8 @@ enum HowStored {
     Stop,
     /// The source is frozen while it forks.
     Twin,
+    /// The source is frozen for what it wrote last.
+    Precopy,
 }
 
 impl From<HowStored> for Mode {
@@ -91,6 +94,7 @@ impl From<HowStored> for Mode {
         match how {
             HowStored::Stop => Self::Stop,
             HowStored::Twin => Self::Twin,
+            HowStored::Precopy => Self::Precopy,
         }
     }
 }
@@ -151,14 +155,13 @@ impl Checkpoint {
             times,
             report,
         };
-        let memory = done.report.memory.as_ref();
-        let memory = memory.map_or_else(String::new, |memory| format!("  memory by {memory}\n"));
         let text = format!(
-            "{}: {} processes, {} threads, {}\n{memory}{}",
+            "{}: {} processes, {} threads, {}\n{}{}",
             done.checkpoint.display(),
             done.report.processes,
             done.report.threads,
             text::size(done.bytes),
+            text::memory(&done.report),
             text::times(&done.times, &done.report, context.verbose),
         );
         context.report(&done, text)?;

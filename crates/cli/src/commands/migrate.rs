@@ -5,11 +5,11 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use limosa_container::migration::{self, Arrivals};
 use limosa_container::{Name, Source};
 use limosa_engine::checkpoint::TcpConnections;
-use limosa_engine::{Report, Times};
+use limosa_engine::{MemoryMode, Mode, Report, Times};
 use limosa_migrate::{
     Address, Connect as _, Limits, ListenOptions, Listener, Outcome as MigrationOutcome, Received, Store,
     Transport,
@@ -29,7 +29,8 @@ use crate::trace::Trace;
 #[command(after_help = "Examples:\n  \
     limosa migrate web ssh://root@b.example\n  \
     limosa migrate web limosa://192.0.2.7:4000/TICKET\n  \
-    limosa migrate web ssh://root@b.example --unaccepted close\n\n\
+    limosa migrate web ssh://root@b.example --max-downtime 100ms\n  \
+    limosa migrate web ssh://root@b.example --mode stop --unaccepted close\n\n\
     The first form runs `limosa receive` on the other host: LIMOSA_REMOTE names the program there if it is not in the \
     search path, LIMOSA_SSH the program to run instead of ssh. \
     The second form takes what `limosa receive --listen 192.0.2.7:4000` printed on the other host.")]
@@ -39,6 +40,16 @@ pub struct Migrate {
 
     /// ssh://[user@]host[:port], or limosa://host:port/TICKET.
     destination: String,
+
+    /// How memory is sent: while the container runs, in rounds, and what it writes last while it is frozen (precopy), or
+    /// while it is frozen (stop). What is best if it is not given; the report says what was done, and why.
+    #[arg(long, value_enum, value_name = "MODE")]
+    mode: Option<HowSent>,
+
+    /// With precopy: rounds go on until what is left can be sent in that time, or comes no nearer to it. What else the freeze
+    /// takes comes on top. For example 50ms, or 1s.
+    #[arg(long, value_name = "TIME", default_value = "20ms", value_parser = humantime::parse_duration)]
+    max_downtime: Duration,
 
     /// What the other processor must have. What registers in use need cannot be told before the freeze: where that is
     /// missing, the container runs on here after it.
@@ -54,6 +65,24 @@ pub struct Migrate {
     /// How progress is shown on standard error.
     #[arg(long, value_enum, default_value_t)]
     progress: progress::Form,
+}
+
+/// The values of `--mode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum HowSent {
+    /// The container is frozen until everything is sent.
+    Stop,
+    /// The container is frozen for what it wrote last.
+    Precopy,
+}
+
+impl From<HowSent> for Mode {
+    fn from(how: HowSent) -> Self {
+        match how {
+            HowSent::Stop => Self::Stop,
+            HowSent::Precopy => Self::Precopy,
+        }
+    }
 }
 
 /// The report of a migration.
@@ -88,6 +117,8 @@ impl Migrate {
             progress::watch(format!("{} → {}", self.name, address.redacted()), self.progress, context.json);
         let source = Source::find(&registry, &self.name)?
             .with_connections(TcpConnections::Established, self.unaccepted.how());
+        let memory = MemoryMode::for_migration(self.mode.map(Into::into), source.pid(), self.max_downtime);
+        let source = source.stored(memory);
         let migrated =
             migration::migrate(&registry, source, &mut address, &store, watch, self.cpu.into(), &mut report)?;
         match migrated.outcome {
@@ -119,12 +150,13 @@ impl Migrate {
         };
         let done = Done { container: self.name, destination, frozen_us: migrated.frozen_us, times, report };
         let text = format!(
-            "{} moved to {}: {} processes, {} threads, {} of memory\n{}",
+            "{} moved to {}: {} processes, {} threads, {} of memory\n{}{}",
             done.container,
             done.destination,
             done.report.processes,
             done.report.threads,
             text::size(done.report.page_bytes),
+            text::memory(&done.report),
             text::times(&done.times, &done.report, context.verbose),
         );
         context.report(&done, text)?;

@@ -9,7 +9,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
 
 use super::{CaptureContext, DescriptorKind, RebuildContext};
-use crate::checkpoint::run_inside;
+use crate::visits::run_inside;
 use crate::error::{CaptureError, RestoreError};
 use crate::view::DescriptionView;
 

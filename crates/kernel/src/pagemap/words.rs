@@ -198,6 +198,11 @@ pub fn categories(word: u64, zero_frame: Option<u64>) -> Categories {
     page
 }
 
+/// Whether page frames are shown to us. If they are hidden, some pages cannot be told from others: see the module.
+pub fn sees_frames() -> bool {
+    zero_frame().is_some()
+}
+
 /// The frame of the zero page, learnt from a page of our own that is read but never written. None if frames
 /// are hidden from us: then zero pages look like any other, and cost only the reading of them.
 pub(super) fn zero_frame() -> Option<u64> {
