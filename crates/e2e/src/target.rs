@@ -13,7 +13,8 @@ use crate::ground::{Ground, check_alive};
 use crate::sandbox::describe;
 use crate::{built, wait_for};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Longer than a target waits for its own children.
+const PATIENCE: Duration = Duration::from_secs(40);
 
 /// A running program that leads a session of its own, with files as its standard descriptors.
 pub struct Target<'g> {

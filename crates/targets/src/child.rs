@@ -9,8 +9,8 @@ use crate::kinds::Verify;
 use crate::protocol::{Protocol, Request};
 use crate::sys;
 
-/// How long a child may take to answer.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a child may take to answer, on an emulated machine with other work, too.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A child process that serves requests of its own.
 pub struct Child {

@@ -16,6 +16,8 @@ use crate::view::DescriptionView;
 
 const ABSOLUTE: u32 = 1;
 const CANCEL_ON_SET: u32 = 2;
+/// So many times a periodic timer is asked that has expired again before its state was read.
+const MANY: u32 = 50;
 const NANOSECONDS: i128 = 1_000_000_000;
 
 /// A timerfd.
@@ -41,15 +43,26 @@ impl DescriptorKind for TimerFd {
 
     fn capture(view: &DescriptionView, _: &mut CaptureContext) -> Result<Self, CaptureError> {
         // The kernel brings a periodic timer up to date when it is asked: until then one that has expired looks as
-        // if it were not armed. So ask before reading its state.
-        timerfd_gettime(&view.descriptor).map_err(view.error("asking a timerfd for its time"))?;
-        let info = view.info_again()?;
-        let FdExtra::TimerFd(timer) = info.extra else {
-            let reason = "the kernel does not tell its state";
-            return Err(view.refuse(reason, "close it before the checkpoint").into());
+        // if it were not armed. So ask before reading its state; it may expire again in between.
+        let mut tries = 0;
+        let (timer, asked) = loop {
+            let asked =
+                timerfd_gettime(&view.descriptor).map_err(view.error("asking a timerfd for its time"))?;
+            let FdExtra::TimerFd(timer) = view.info_again()?.extra else {
+                let reason = "the kernel does not tell its state";
+                return Err(view.refuse(reason, "close it before the checkpoint").into());
+            };
+            tries += 1;
+            if timer.value != (0, 0) || timer.interval == (0, 0) || tries == MANY {
+                break (timer, asked.it_value);
+            }
         };
         let pair = |(seconds, nanoseconds): (u64, u64)| (seconds as i64, nanoseconds as i64);
-        let left = pair(timer.value);
+        let left = match pair(timer.value) {
+            // One that expires faster than it can be looked at, or is not armed.
+            (0, 0) if timer.interval != (0, 0) => (asked.tv_sec, asked.tv_nsec),
+            left => left,
+        };
         let expires = match (left, timer.settime_flags & ABSOLUTE != 0 && is_wall_clock(timer.clock)) {
             ((0, 0), _) => None,
             (left, false) => Some(left),
