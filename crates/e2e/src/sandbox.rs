@@ -99,6 +99,20 @@ impl Sandbox {
         Ok(Self { before: Inventory::take()?, directory })
     }
 
+    /// Removes the control groups of containers that a failed test leaves, which are the machine's and would outlive it.
+    fn remove_control_groups(&self) {
+        let mut groups = BTreeSet::new();
+        recorded_groups(&self.directory, 3, &mut groups);
+        if groups.is_empty() || self.end_all().is_err() {
+            return;
+        }
+        for group in groups {
+            let _ = fs::remove_dir(&group);
+            // Refused while others have containers.
+            let _ = group.parent().filter(|parent| parent.ends_with("limosa")).map(fs::remove_dir);
+        }
+    }
+
     /// A directory for the test's files, on a tmpfs.
     pub fn directory(&self) -> &Path {
         &self.directory
@@ -127,6 +141,38 @@ impl Sandbox {
         let lost: Vec<_> = self.before.things.difference(&after.things).collect();
         ensure!(lost.is_empty(), "gone with the test: {lost:?}");
         Ok(())
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        self.remove_control_groups();
+    }
+}
+
+/// Those of the containers in the state directories below `directory`, by their records and by what says which groups one
+/// that is being made will have. Others in the same hierarchy are not this test's.
+fn recorded_groups(directory: &Path, depth: usize, groups: &mut BTreeSet<PathBuf>) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        if entry.file_name() == "containers" {
+            for container in fs::read_dir(&path).into_iter().flatten().flatten() {
+                for (file, place) in [("config.json", "/cgroup/directories"), ("cgroup.json", "/directories")]
+                {
+                    let text = fs::read_to_string(container.path().join(file)).unwrap_or_default();
+                    let record: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+                    let recorded = record.pointer(place).and_then(|list| list.as_array());
+                    groups.extend(
+                        recorded.into_iter().flatten().filter_map(|group| group.as_str()).map(PathBuf::from),
+                    );
+                }
+            }
+        } else if let Some(depth) = depth.checked_sub(1) {
+            recorded_groups(&path, depth, groups);
+        }
     }
 }
 
