@@ -363,7 +363,12 @@ impl Destination for Arrivals<'_> {
 /// afterwards.
 pub fn remains(registry: &Registry, offer: &Offer) -> Result<Remains, ArrivalError> {
     let Ok(name) = offer.container.parse::<Name>() else { return Ok(Remains::Nothing) };
-    match registry.load(&name) {
+    remains_of(registry, &name)
+}
+
+/// The same of a container by its name, which whoever was starting it had reserved.
+pub fn remains_of(registry: &Registry, name: &Name) -> Result<Remains, ArrivalError> {
+    match registry.load(name) {
         Ok(record) if outlived_its_maker(&record) => {
             // Perhaps that is all that was left to be done.
             record.connect()?;
@@ -373,7 +378,7 @@ pub fn remains(registry: &Registry, offer: &Offer) -> Result<Remains, ArrivalErr
             Ok(Remains::Running(StartReport::default()))
         }
         Ok(_) => {
-            stop::remove(registry, &name, true)?;
+            stop::remove(registry, name, true)?;
             Ok(Remains::Nothing)
         }
         Err(crate::RegistryError::Unknown { .. }) => Ok(Remains::Nothing),

@@ -18,6 +18,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use limosa_kernel::namespace::{self, Kind};
 use rustix::fs::FlockOperation;
@@ -302,6 +303,20 @@ impl Registry {
         }
         let _guard = self.guard()?;
         self.sweep_guarded()
+    }
+
+    /// [`Self::sweep`] right after the death of whoever was making a container: the kernel may close its connections before
+    /// it gives back its lock, without which what it left looks as if it were being made. Waits up to two seconds.
+    pub fn sweep_after_a_death(&self) -> Result<(), RegistryError> {
+        let begun = Instant::now();
+        loop {
+            self.sweep()?;
+            let unfinished = self.names()?.iter().any(|name| !self.paths(name).config().exists());
+            if !unfinished || begun.elapsed() > Duration::from_secs(2) {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     fn sweep_guarded(&self) -> Result<(), RegistryError> {

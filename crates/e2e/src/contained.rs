@@ -176,9 +176,14 @@ impl<'s> Contained<'s> {
         Duration::from_micros(report["frozen_us"].as_u64().unwrap_or_default())
     }
 
-    /// Removes the container.
-    pub fn end(self) -> Result<()> {
+    /// Removes the container, of which there may be another later.
+    pub fn remove(&self) -> Result<()> {
         self.limosa(&["rm", "--force", Self::NAME]).map(drop)
+    }
+
+    /// Removes the container, for good.
+    pub fn end(self) -> Result<()> {
+        self.remove()
     }
 }
 

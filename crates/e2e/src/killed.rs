@@ -98,6 +98,49 @@ impl Contained<'_> {
         self.migrate_by_ssh(|command| command)
     }
 
+    /// `limosa` on the container's host, killed at operation `number`. Gives how many operations it had if it was not, and
+    /// what went wrong, if anything did.
+    pub fn kill_at(&self, arguments: &[&str], number: u64) -> Result<(Option<u64>, Option<String>)> {
+        let (passed, at) = (self.passed(), number.to_string());
+        let _ = fs::remove_file(&passed);
+        let variables = [("LIMOSA_KILL_AT", at.as_ref()), ("LIMOSA_PASSED_FILE", passed.as_os_str())];
+        let outcome = self.start(arguments, &variables)?.finish();
+        // One that was killed does not come to count.
+        let had = passed.exists().then(|| self.counted()).transpose()?;
+        ensure!(had.is_none_or(|had| had < number), "{had:?} operations, and not killed at {number}");
+        Ok((had, outcome.err().map(|error| format!("{error:#}"))))
+    }
+
+    /// Waits until nothing of Limosa runs on the container's host; whether the container is there then. If not, nothing of
+    /// it is left anywhere.
+    pub fn is_there(&self) -> Result<bool> {
+        let mut there = false;
+        let mut why = String::new();
+        let decided = wait_for("the container whole, or nothing of it", PATIENCE, || {
+            while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
+            there = !self.running()?.is_empty();
+            let looked = if there { self.look() } else { self.nothing() };
+            why = looked.as_ref().err().map_or_else(String::new, |error| format!("{error:#}"));
+            Ok(looked.is_ok().then_some(()))
+        });
+        decided.context(why)?;
+        Ok(there)
+    }
+
+    fn nothing(&self) -> Result<()> {
+        let left: Vec<_> = processes()?.into_iter().map(describe).collect();
+        ensure!(left.is_empty(), "left: {left:?}");
+        let groups: Vec<String> = groups()?.difference(&self.groups).cloned().collect();
+        ensure!(groups.is_empty(), "control groups: {groups:?}");
+        for (index, host) in self.hosts.iter().enumerate() {
+            let kept = names(&host.state_dir.join("containers"))?;
+            ensure!(kept.is_empty(), "containers on {}: {kept:?}", host.name);
+            let links = links(host)?;
+            ensure!(links.len() == self.links[index], "interfaces on {}: {links:?}", host.name);
+        }
+        Ok(())
+    }
+
     /// How many operations the side had that was [`Fate::Counted`].
     pub fn counted(&self) -> Result<u64> {
         let text =

@@ -23,20 +23,20 @@ pub struct Said {
 
 /// Runs `limosa` with `arguments` and without standard input.
 pub fn run<I: IntoIterator<Item: AsRef<OsStr>>>(sandbox: &Sandbox, arguments: I) -> Result<Said> {
-    run_with(sandbox, arguments, None)
+    run_with(sandbox, arguments, [])
 }
 
-/// [`run`] with an environment variable more.
-pub fn run_with<I: IntoIterator<Item: AsRef<OsStr>>>(
+/// [`run`] with more environment variables.
+pub fn run_with<'a, I: IntoIterator<Item: AsRef<OsStr>>>(
     sandbox: &Sandbox,
     arguments: I,
-    variable: Option<(&str, &OsStr)>,
+    variables: impl IntoIterator<Item = (&'static str, &'a OsStr)>,
 ) -> Result<Said> {
     // Standard output goes to files, not pipes: what a restored tree inherits must not keep this test waiting.
     let (out, err) = (sandbox.path("limosa.out"), sandbox.path("limosa.err"));
     let status = Command::new(built("limosa")?)
         .args(arguments)
-        .envs(variable)
+        .envs(variables)
         .stdin(Stdio::null())
         .stdout(fs::File::create(&out)?)
         .stderr(fs::File::create(&err)?)

@@ -35,6 +35,10 @@ pub struct Guard {
     #[arg(long)]
     container: Option<Name>,
 
+    /// The container is being restored: one that is recorded and does not run was never started.
+    #[arg(long, requires = "container")]
+    restored: bool,
+
     /// The root of the process tree of which a checkpoint is being made.
     #[arg(long)]
     tree: Option<i32>,
@@ -58,9 +62,13 @@ impl Guard {
                 Some((Word::Note(Note::Knows), _)) => asked = None,
             }
         }
+        if let (Some(container), true) = (&self.container, self.restored) {
+            // Before its name is free for others.
+            migration::remains_of(&context.registry(), container)?;
+        }
         // A failure to remove remains is no reason to leave the source without an answer.
         let reaped = self.root(context).map_or(Ok(()), twin::sweep);
-        let swept = if self.tree.is_none() { context.registry().sweep() } else { Ok(()) };
+        let swept = if self.tree.is_none() { context.registry().sweep_after_a_death() } else { Ok(()) };
         if let (Some(heir), Some(id)) = (heir, asked) {
             answer(context, &heir, id)?;
         }

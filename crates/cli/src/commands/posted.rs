@@ -61,6 +61,11 @@ impl Posted {
         Self::start(context, named.as_ref().map_or(&[], |arguments| arguments))
     }
 
+    /// Starts a guard over a container that is about to be recorded and started.
+    pub fn over_restored(context: &Context, container: &Name) -> anyhow::Result<Self> {
+        Self::start(context, &["--container".into(), container.as_str().into(), "--restored".into()])
+    }
+
     fn start(context: &Context, arguments: &[OsString]) -> anyhow::Result<Self> {
         let (socket, input) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)

@@ -158,7 +158,7 @@ impl Restore {
         } else {
             prepared.take_terminal()
         };
-        let _guard = Posted::new(context, Some(prepared.name()))?;
+        let _guard = Posted::over_restored(context, prepared.name())?;
         self.write_pidfile(prepared.pid())?;
         let restored = prepared.start(&registry, report).inspect_err(|_| self.remove_pidfile())?;
         Ok((restored, terminal))
