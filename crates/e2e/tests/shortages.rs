@@ -1,7 +1,7 @@
 //! What Limosa needs runs out: disk space, descriptors, processes, memory. What it was doing fails with an error that
 //! names what there was too little of, what it worked on goes on, and nothing half-made is left.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,18 +12,22 @@ use limosa_e2e::ground::Ground as _;
 use limosa_e2e::limosa::{self, Said, Source};
 use limosa_e2e::programs::{Program, Redis};
 use limosa_e2e::sandbox::{Sandbox, sandboxed, wait_until_alone};
-use limosa_e2e::sweep::Footprint;
+use limosa_e2e::sweep::{Footprint, unfinished};
 use limosa_e2e::target::Target;
 use rustix::mount::{MountFlags, UnmountFlags};
 
 /// What an error says where something has run out, or a limit is reached.
-const SHORTAGES: [&str; 7] = [
+const SHORTAGES: [&str; 11] = [
     "No space left on device",
     "Too many open files",
     "limit of open files",
     "limit on open files",
     "Resource temporarily unavailable",
     "Cannot allocate memory",
+    "memory allocation of",
+    "limit on address space",
+    "failed to map segment from shared object",
+    "full control group",
     "descriptors are allowed here",
 ];
 
@@ -130,25 +134,51 @@ fn run_short(
     numbers: &[u64],
     conditions: impl Fn(u64) -> String,
 ) -> Result<()> {
+    run_short_by(sandbox, kind, &[], numbers, conditions)
+}
+
+/// The same with more options of the checkpoint. Where there is too little memory the kernel may end Limosa, which then says
+/// nothing: the source goes on all the same, and nothing is left but an unfinished checkpoint, which the next one removes.
+fn run_short_by(
+    sandbox: &Sandbox,
+    kind: &str,
+    options: &[&str],
+    numbers: &[u64],
+    conditions: impl Fn(u64) -> String,
+) -> Result<()> {
+    let says_it = |said: &Said| match said.status {
+        None => Ok(()),
+        Some(_) => says_what_is_short(&said.err),
+    };
     let target = Target::start(sandbox, kind, &[])?;
+    // Its threads are there then.
+    target.verify()?;
     let out = sandbox.path("short");
     let (mut failed, mut ended) = (0, false);
     for number in numbers {
         let before = Footprint::take()?;
-        let said = under(sandbox, &conditions(*number), &checkpoint(&target, &out))?;
+        let mut arguments = checkpoint(&target, &out);
+        arguments.extend(options.iter().map(OsString::from));
+        let said = under(sandbox, &conditions(*number), &arguments)?;
         if said.status == Some(0) {
             ended = true;
             break;
         }
         failed += 1;
-        says_what_is_short(&said.err).with_context(|| format!("checkpoint with {number}"))?;
+        println!("checkpoint with {number}: {:?} {}", said.status, said.err.trim());
+        says_it(&said).with_context(|| format!("checkpoint with {number}"))?;
         ensure!(!out.exists(), "a checkpoint is there although it failed");
-        before.returns()?;
+        let unfinished = unfinished(&out)?;
+        ensure!(unfinished <= usize::from(said.status.is_none()), "{unfinished} unfinished checkpoints");
+        before.returns().with_context(|| format!("after a checkpoint with {number}"))?;
         target.verify().with_context(|| format!("after a checkpoint with {number}"))?;
     }
-    if !ended {
+    // One that leaves its source running has not ended it.
+    if !ended || options.contains(&"--leave-running") {
+        let _ = fs::remove_dir_all(&out);
         limosa::checkpoint(sandbox, target.root(), &out, Source::Ends, &[])?.success("checkpoint")?;
     }
+    ensure!(unfinished(&out)? == 0, "unfinished checkpoints remain");
     wait_until_alone()?;
     let (mut refused, mut restored) = (0, false);
     for number in numbers {
@@ -158,7 +188,8 @@ fn run_short(
             break;
         }
         refused += 1;
-        says_what_is_short(&said.err).with_context(|| format!("restore with {number}"))?;
+        println!("restore with {number}: {:?} {}", said.status, said.err.trim());
+        says_it(&said).with_context(|| format!("restore with {number}"))?;
         wait_until_alone().with_context(|| format!("after a restore with {number}"))?;
     }
     if !restored {
@@ -211,6 +242,117 @@ fn too_few_processes() {
             group.joined_with("pids.max", number)
         })
     });
+}
+
+/// The kernel ends Limosa or what it builds, where reclaiming does not help. What a checkpoint writes counts, too: here it goes
+/// into memory.
+fn too_little_memory(sandbox: &Sandbox, options: &[&str]) -> Result<()> {
+    let group = Group::new("memory")?;
+    let kibibytes = [256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 1 << 20];
+    run_short_by(sandbox, "memory", options, &kibibytes, |number| {
+        group.joined_with("memory.limit_in_bytes", number << 10)
+    })
+}
+
+#[test]
+fn too_little_memory_for_a_checkpoint_and_a_restore() {
+    sandboxed(|sandbox| too_little_memory(sandbox, &["--mode", "stop"]));
+}
+
+#[test]
+fn too_little_memory_for_a_checkpoint_from_twins() {
+    sandboxed(|sandbox| too_little_memory(sandbox, &["--mode", "twin", "--leave-running"]));
+}
+
+/// Calls fail with `ENOMEM`, and allocations do.
+#[test]
+fn too_little_address_space() {
+    let kibibytes = [2000, 4000, 6000, 8000, 12000, 16000, 24000, 32000, 64000, 128_000];
+    sandboxed(move |sandbox| run_short(sandbox, "tree", &kibibytes, |number| format!("ulimit -v {number}")));
+}
+
+/// A target in a group of which all memory is used but a little.
+fn in_a_full_group(sandbox: &Sandbox, kind: &str, mode: &str) -> Result<()> {
+    let group = Group::new("memory")?;
+    let (program, result) = (limosa_e2e::built("limosa-target")?, sandbox.path(kind));
+    let join = format!("echo $$ > {}/cgroup.procs && exec \"$0\" \"$@\"", group.0.display());
+    let command = [OsStr::new("sh"), "-c".as_ref(), join.as_ref(), program.as_os_str(), kind.as_ref()];
+    let command = [&command[..], &[result.as_os_str()]].concat();
+    let target = Target::start_command(sandbox, kind, result.clone(), &command)?;
+    target.verify()?;
+    let number = |file: &str| -> Result<u64> {
+        let text = fs::read_to_string(group.0.join(file))?;
+        let number = text.lines().find_map(|line| line.rsplit(' ').next()?.parse().ok());
+        number.with_context(|| format!("{file}: {text:?}"))
+    };
+    let kills = || -> Result<u64> {
+        let text = fs::read_to_string(group.0.join("memory.oom_control"))?;
+        let line = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        Ok(line.context("no count of killed processes")?.parse()?)
+    };
+    let (out, mut failed) = (sandbox.path("full"), 0);
+    let arguments = ["--mode", mode];
+    for spare in [0, 64, 1024, 1152, 1280, 1536, 2048, 3072] {
+        let limit = number("memory.usage_in_bytes")? + (spare << 10);
+        fs::write(group.0.join("memory.limit_in_bytes"), limit.to_string())?;
+        let before = Footprint::take()?;
+        let said = limosa::checkpoint(sandbox, target.root(), &out, Source::GoesOn, &arguments)?;
+        let context = || format!("{spare} KiB are left, {mode}: {said:?}");
+        before.returns().with_context(context)?;
+        // Its answer takes memory, too, which is not Limosa's fault.
+        fs::write(group.0.join("memory.limit_in_bytes"), "-1")?;
+        target.verify().with_context(context)?;
+        if said.status == Some(0) {
+            limosa_image::verify(&out).with_context(context)?;
+            fs::remove_dir_all(&out)?;
+        } else {
+            failed += 1;
+            says_what_is_short(&said.err).with_context(context)?;
+            ensure!(!out.exists(), "{}: half a checkpoint", context());
+        }
+    }
+    println!("{mode}: {failed} checkpoints failed; the kernel ended {} processes", kills()?);
+    limosa::checkpoint(sandbox, target.root(), &out, Source::GoesOn, &arguments)?.success("with enough")?;
+    target.quit()?;
+    sandbox.end_all()
+}
+
+#[test]
+fn a_source_in_a_full_control_group() {
+    sandboxed(|sandbox| in_a_full_group(sandbox, "writers", "stop"));
+}
+
+/// What it writes meanwhile costs as much again: that is taken from the twin, not from the source.
+#[test]
+fn a_source_in_a_full_control_group_from_a_twin() {
+    sandboxed(|sandbox| in_a_full_group(sandbox, "writers", "twin"));
+}
+
+/// Without that hierarchy nothing can seal the source for the hand-over. Found before anything is frozen or sent.
+#[test]
+fn no_control_groups_of_version_2() {
+    sandboxed(|sandbox| {
+        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        let unified =
+            mounts.lines().find(|line| line.contains(" - cgroup2 ")).context("no such hierarchy here")?;
+        let place = PathBuf::from(unified.split(' ').nth(4).context("no mount point")?);
+        rustix::mount::unmount(&place, UnmountFlags::empty())?;
+        let outcome = without_version_2(sandbox);
+        rustix::mount::mount("cgroup2", &place, "cgroup2", MountFlags::RELATIME, None)?;
+        outcome
+    });
+}
+
+fn without_version_2(sandbox: &Sandbox) -> Result<()> {
+    let container = Contained::new(sandbox)?;
+    let target = Target::start(&container, "heartbeat", &[])?;
+    let refused = container.migrate_under("")?.context("it migrated")?;
+    ensure!(refused.contains("mount -t cgroup2"), "no remedy: {refused}");
+    ensure!(!refused.contains("frozen, sending"), "it was frozen before: {refused}");
+    container.settled()?;
+    target.verify()?;
+    ensure!(container.location() == "A", "it moved");
+    container.end()
 }
 
 /// Then a source cannot fork: its memory is stored while it is frozen, and the report says so.

@@ -151,6 +151,18 @@ pub enum CaptureError {
         /// Root of the tree.
         root: i32,
     },
+    /// The memory of a process could not be read from its twin.
+    #[error(
+        "storing the memory of process {pid} from its twin, which is the first to lose its memory where that is short, as in a \
+         full control group: give it more, or store its memory while it is frozen (--mode stop)"
+    )]
+    Twin {
+        /// The process.
+        pid: i32,
+        /// What was tried, and the kernel's answer.
+        #[source]
+        source: Box<CaptureError>,
+    },
     /// A process ended while it was being frozen.
     #[error("process {pid} ended while it was being frozen; try again")]
     Ended {

@@ -12,6 +12,7 @@ mod guardian;
 mod listeners;
 pub mod memory;
 mod memory_mode;
+mod memory_room;
 pub mod network;
 mod peers;
 mod pieces;

@@ -26,6 +26,7 @@ use crate::error::CaptureError;
 use crate::freeze::Frozen;
 use crate::memory::{self, Way};
 use crate::memory_mode::MemoryMode;
+use crate::memory_room;
 use crate::precopy::Precopy;
 use crate::preflight;
 use crate::report::Report;
@@ -107,7 +108,13 @@ impl Twin {
             WaitStatus::Stopped { .. } => {}
             WaitStatus::Exited(_) | WaitStatus::Killed(_) => return Err(CaptureError::Ended { pid }),
         }
-        let own_pid = ProcDir::open(pid)?.status()?.own_pid();
+        let proc = ProcDir::open(pid)?;
+        let own_pid = proc.status()?.own_pid();
+        // What the source writes from now on costs its control group as much again. If that is too much, the kernel is to take
+        // it from the twin and not to end the source.
+        if let Err(error) = proc.end_first_when_memory_is_short() {
+            tracing::debug!(twin = pid, parent, %error, "where memory is short, the source may be ended instead of its twin");
+        }
         let twin = Self { pid, own_pid, parent, state: Stage::Leaving };
         trace(pid, Options::TRACE_EXIT)?;
         ptrace::resume(pid, 0)?;
@@ -211,7 +218,11 @@ pub(crate) fn fork_all(
         if !body.mappings.iter().zip(&*runs).any(|(mapping, runs)| inherits(mapping) && !runs.is_empty()) {
             continue;
         }
-        match Twin::fork(view)? {
+        let fork = match lacks_room(view.proc)? {
+            Some(error) => Err(error),
+            None => Twin::fork(view)?,
+        };
+        match fork {
             Ok(twin) => {
                 let take = |(mapping, runs): (_, &mut Vec<_>)| {
                     if inherits(mapping) { std::mem::take(runs) } else { Vec::new() }
@@ -230,6 +241,24 @@ pub(crate) fn fork_all(
         }
     }
     Ok(remainder)
+}
+
+/// Why a process is not to fork, if its control group has too little memory left for it.
+fn lacks_room(process: &ProcDir) -> Result<Option<io::Error>, CaptureError> {
+    /// What a fork takes beside page tables: stacks and structures of the kernel, the first pages that are written.
+    const FORK: u64 = 1 << 20;
+    /// A fork needs at most one byte of page tables and descriptions of mappings for so many of memory.
+    const MEMORY_PER_TABLES: u64 = 128;
+    const PAGE: u64 = 4096;
+    let resident = u64::try_from(process.stat()?.resident).unwrap_or(0).saturating_mul(PAGE);
+    let needed = FORK + resident / MEMORY_PER_TABLES;
+    Ok(memory_room::left(process).filter(|left| *left < needed).map(|left| {
+        io::Error::other(format!(
+            "its control group has {} KiB of memory left, a fork may take {}",
+            left >> 10,
+            needed >> 10
+        ))
+    }))
 }
 
 impl Remainder {
@@ -272,10 +301,15 @@ impl Remainder {
         }
         report.phase("twins", |report| {
             for part in &mut self.parts {
-                part.twin.park()?;
+                let parent = part.twin.parent;
+                let of_twin = |error| match error {
+                    CaptureError::Write(_) => error,
+                    source => CaptureError::Twin { pid: parent, source: Box::new(source) },
+                };
+                part.twin.park().map_err(of_twin)?;
                 let (pid, way) = (part.twin.pid, Way::Unshared);
-                report.page_bytes +=
-                    memory::copy_out(pid, &part.mappings, &part.runs, part.space, sink, way)?;
+                report.page_bytes += memory::copy_out(pid, &part.mappings, &part.runs, part.space, sink, way)
+                    .map_err(of_twin)?;
                 part.twin.leave()?;
             }
             Ok(())

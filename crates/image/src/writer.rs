@@ -7,14 +7,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use limosa_kernel::fault;
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, RawDir};
 
 use crate::blob;
 use crate::durable::{Unsynced, sync, sync_all};
@@ -50,12 +51,31 @@ struct Partial {
     renamed: bool,
 }
 
+impl Partial {
+    /// Removes it where nothing is in it but files and empty directories.
+    fn remove_without_descriptors(&self) -> io::Result<()> {
+        let mut space = [MaybeUninit::uninit(); 4096];
+        let mut entries = RawDir::new(&self.directory, &mut space);
+        let mut names = Vec::new();
+        while let Some(entry) = entries.next() {
+            names.push(entry?.file_name().to_owned());
+        }
+        for name in names.iter().filter(|name| ![c".", c".."].contains(&name.as_c_str())) {
+            rustix::fs::unlinkat(&self.directory, name, AtFlags::empty())
+                .or_else(|_| rustix::fs::unlinkat(&self.directory, name, AtFlags::REMOVEDIR))?;
+        }
+        std::fs::remove_dir(&self.path)
+    }
+}
+
 impl Drop for Partial {
     fn drop(&mut self) {
         if self.renamed {
             return;
         }
-        if let Err(error) = std::fs::remove_dir_all(&self.path) {
+        // The first way takes descriptors, of which there may be none left: perhaps that is why it is unfinished.
+        if let Err(error) = std::fs::remove_dir_all(&self.path).or_else(|_| self.remove_without_descriptors())
+        {
             tracing::warn!(path = %self.path.display(), %error, "an unfinished checkpoint could not be removed");
         }
     }

@@ -37,7 +37,10 @@ pub enum ResidentError {
     #[error("starting a puppet: {0}")]
     Start(#[source] std::io::Error),
     /// It ended instead of answering.
-    #[error("puppet {pid} ended while it was being built ({how}); the kernel log may say why")]
+    #[error(
+        "puppet {pid} ended while it was being built ({how}); the kernel ends processes where memory is short, as in a full control \
+             group, which its log tells"
+    )]
     Died {
         /// The puppet.
         pid: i32,

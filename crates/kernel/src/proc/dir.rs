@@ -341,6 +341,15 @@ impl ProcDir {
         self.number("oom_score_adj")
     }
 
+    /// Has the kernel end this process before any other where memory is short. Cannot be undone without
+    /// `CAP_SYS_RESOURCE`.
+    pub fn end_first_when_memory_is_short(&self) -> Result<()> {
+        let file = self.open_file("oom_score_adj", OFlags::WRONLY)?;
+        rustix::io::write(&file, b"1000")
+            .map(drop)
+            .map_err(|errno| Error::new("write", self.named("oom_score_adj"), errno))
+    }
+
     /// `loginuid`: the audit user; `u32::MAX` when it was never set.
     pub fn loginuid(&self) -> Result<u32> {
         self.number("loginuid")
