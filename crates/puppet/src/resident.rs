@@ -1,5 +1,6 @@
 //! Residents: processes and threads that consist of nothing but the stub and do what the mailbox says.
 
+use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -116,6 +117,18 @@ impl Resident {
         fault::point();
         let pid = fork_into(arena.wait_address(), mailbox.address).map_err(ResidentError::Start)?;
         let mut resident = Self { pid, mailbox, region: Slice { address: 0, length: 0 } };
+        if let Err(error) = resident.strip(arena) {
+            // It is nobody's yet.
+            let _ = limosa_kernel::task::signal_process(pid, libc::SIGKILL);
+            while let Ok(WaitStatus::Stopped { .. }) = ptrace::wait(pid) {}
+            return Err(error);
+        }
+        Ok(resident)
+    }
+
+    /// Leaves nothing of the process that it was forked from but descriptors.
+    fn strip(&mut self, arena: &mut Arena) -> Result<(), ResidentError> {
+        let pid = self.pid;
         // Attached for a moment, with one stop, to ask where rseq is registered.
         ptrace::seize(pid, ptrace::Options::EXIT_KILL)?;
         ptrace::interrupt(pid)?;
@@ -147,8 +160,8 @@ impl Resident {
             libc::SYS_munmap,
             [end.into(), (0x7fff_ffff_f000_u64 - end).into()],
         );
-        resident.run(arena, program)?;
-        Ok(resident)
+        self.run(arena, program)?;
+        Ok(())
     }
 
     /// Its TID in the controller's PID namespace.
@@ -237,11 +250,15 @@ impl Resident {
 /// clone3(2) like fork(2); the child jumps to `entry` with `r12` = `mailbox` and never returns to Rust. It ends with
 /// the calling thread, even if that is killed before it can seize the child.
 fn fork_into(entry: u64, mailbox: u64) -> std::io::Result<i32> {
+    // The child may be born into another PID namespace, where nobody can tell it who its parent is.
+    let parent =
+        rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty())?;
+    let poll = libc::pollfd { fd: parent.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     let arguments: [u64; 11] = [0, 0, 0, 0, libc::SIGCHLD as u64, 0, 0, 0, 0, 0, 0];
     let result: i64;
     // SAFETY: the parent only gets a number back. The child, which shares no memory with the parent but the
-    // arena, executes from here on only these system calls without pointers and the stub at `entry`, and touches
-    // neither stack nor heap.
+    // arena, executes from here on only these system calls, whose one pointer is to its copy of `poll`, and the stub at
+    // `entry`, and touches neither stack nor heap.
     unsafe {
         std::arch::asm!(
             "syscall",
@@ -252,10 +269,13 @@ fn fork_into(entry: u64, mailbox: u64) -> std::io::Result<i32> {
             "mov eax, 157", // prctl
             "syscall",
             // A parent that died before that call sends no signal.
-            "mov eax, 110", // getppid
+            "mov rdi, r10",
+            "mov esi, 1",
+            "xor edx, edx",
+            "mov eax, 7", // poll
             "syscall",
-            "cmp eax, r10d",
-            "jne 3f",
+            "cmp eax, 1",
+            "je 3f",
             "mov r12, r8",
             "jmp r9",
             "3: xor edi, edi",
@@ -265,7 +285,7 @@ fn fork_into(entry: u64, mailbox: u64) -> std::io::Result<i32> {
             "2:",
             in("r8") mailbox,
             in("r9") entry,
-            in("r10") u64::from(std::process::id()),
+            in("r10") &raw const poll,
             inlateout("rax") libc::SYS_clone3 => result,
             in("rdi") arguments.as_ptr(),
             in("rsi") size_of_val(&arguments),
