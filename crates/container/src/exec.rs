@@ -35,6 +35,7 @@ pub fn exec(registry: &Registry, name: &Name, command: &[String], tty: bool) -> 
             stream_steps(Streams::Terminal(pair.inside)).map_err(|source| ExecError::Terminal { source })?,
         );
     }
+    steps.push(Step::NewSessionKeyring);
     steps.push(Step::ChangeDirectory(c"/".to_owned()));
     steps.extend([Step::Umask(0o022), Step::ResetSignals, Step::CloseOthersOnExec]);
     let refused =

@@ -80,7 +80,7 @@ pub fn start(shell: &Shell, streams: Streams) -> Result<Held, RunError> {
         steps.push(Step::Enter(descriptor, kind));
     }
     steps.push(Step::MountProc(c"/proc".to_owned()));
-    steps.push(Step::NewSession);
+    steps.extend([Step::NewSession, Step::NewSessionKeyring]);
     steps.extend(stream_steps(streams).map_err(ShellError::Descriptor)?);
     steps.push(Step::ChangeDirectory(c"/".to_owned()));
     steps.extend([Step::Umask(0o022), Step::ResetSignals, Step::CloseOthersOnExec]);

@@ -42,6 +42,7 @@ round_trips! {
     events: "events";
     files: "files";
     heartbeat: "heartbeat";
+    keyrings: "keyrings";
     locks: "locks";
     memory: "memory";
     memory_advice: "memory-advice";
@@ -107,11 +108,17 @@ refusals! {
     a_datagram_that_was_begun_is_refused: "refused" ["begun"] "it has begun a datagram";
     a_datagram_that_was_begun_over_ipv6_is_refused: "refused" ["begun-six"] "it has begun a datagram";
     a_flow_label_is_refused: "refused" ["flow-label"] "flow label";
+    a_flow_label_that_is_not_used_is_refused: "refused" ["unused-label"] "flow label";
     signed_segments_are_refused: "refused" ["signed"] "TCP_MD5SIG";
     a_saved_syn_is_refused: "refused" ["saved-syn"] "TCP_SAVE_SYN";
     a_socket_from_another_namespace_is_refused: "refused" ["from-elsewhere"] "another network namespace";
     a_registration_with_a_message_queue_is_refused: "refused" ["mq-notify"] "mq_notify";
     a_lease_that_is_being_broken_is_refused: "refused" ["lease"] "is being broken";
+    a_watched_directory_is_refused: "refused" ["dnotify"] "F_NOTIFY";
+    a_key_in_a_session_keyring_is_refused: "refused" ["keys"] "its session keyring, _ses, has keys in it";
+    a_key_of_a_thread_is_refused: "refused" ["own-keys"] "in the keyring of its thread";
+    landlock_is_refused: "refused" ["landlock"] "Landlock restricts it";
+    landlock_of_a_thread_is_refused: "refused" ["landlock-thread"] "Landlock restricts it";
 }
 
 /// A running target is not told what a frozen one would not be: a socket whose peer lies in the second message of a queue,

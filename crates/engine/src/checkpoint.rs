@@ -26,6 +26,7 @@ use crate::network::{self, Network};
 use crate::peers;
 use crate::precopy::{Precopy, Unavailable};
 use crate::report::Report;
+use crate::resources::landlock::{self, Witnesses};
 use crate::resources::mapping::MappingState;
 use crate::resources::namespaces::{Home, settings};
 use crate::resources::processor::Layout;
@@ -34,7 +35,7 @@ use crate::resources::terminal::Terminals;
 use crate::resources::{
     CaptureContext, DescriptorState, LateState, NamespaceState, ProcessState, ThreadState, registers, vdso,
 };
-use crate::resources::{file_locks, job_control};
+use crate::resources::{file_locks, job_control, keyrings};
 use crate::sharing;
 use crate::state::{Body, Description, Descriptor, Life, Pages, Process, TREE, Thread, Tree};
 use crate::twin::{self, Remainder};
@@ -107,6 +108,7 @@ pub fn capture(
     // Asking a virtual processor takes a moment.
     let registers = Some(Layout::here());
     let (mut precopy, mode) = store_early(root, sink, options, report)?;
+    let mut beside = Beside { witnesses: Witnesses::new(root), keyrings: keyrings::Found::default() };
     let (frozen, listeners) = listeners::freeze(root, options, report)?;
     sink.stage(Stage::Frozen);
     let views = report.phase("look", |_| views(&frozen))?;
@@ -122,8 +124,10 @@ pub fn capture(
     let namespaces = report.phase("namespaces", |_| {
         NamespaceState::capture(&views[0], options.container, Some((&mut *sink, settings)))
     })?;
-    let mut processes =
-        report.phase("ask", |_| ask_all(&frozen, &views, (&precopy, &mut spaces), &mut shared))?;
+    let mut processes = report
+        .phase("ask", |_| ask_all(&frozen, &views, (&precopy, &mut spaces), &mut shared, &mut beside))?;
+    let Beside { witnesses, keyrings } = beside;
+    drop(witnesses);
     let (descriptions, network, terminals) = report.phase("descriptors", |_| {
         let came_later = listeners.as_ref().is_some_and(|listeners| listeners.were_empty);
         capture_descriptors(&views, &mut processes, sink, &mut spaces, &mut shared, options, came_later)
@@ -150,8 +154,18 @@ pub fn capture(
     let packet_lock = Some(network::left_behind(root));
     let terminals = terminals.finish(&views);
     let vdso = vdso::own()?.map(|own| own.state.clone());
-    let mut tree =
-        Tree { processes, descriptions, shared_objects, terminals, namespaces, vdso, registers, packet_lock };
+    let session_keyrings = keyrings.finish();
+    let mut tree = Tree {
+        processes,
+        descriptions,
+        shared_objects,
+        terminals,
+        session_keyrings,
+        namespaces,
+        vdso,
+        registers,
+        packet_lock,
+    };
     report.processes = tree.processes.len();
     report.threads = tree.living().map(|(_, body)| body.threads.len()).sum();
     report.mappings = tree.living().map(|(_, body)| body.mappings.len()).sum();
@@ -262,11 +276,18 @@ fn views(frozen: &Frozen) -> Result<Vec<ProcessView<'_>>, CaptureError> {
     frozen.processes.iter().map(|process| Ok(ProcessView::look(process.pid, &process.proc)?)).collect()
 }
 
+/// What threads are asked for beside what the rooms of attributes do.
+struct Beside {
+    witnesses: Witnesses,
+    keyrings: keyrings::Found,
+}
+
 fn ask_all(
     frozen: &Frozen,
     views: &[ProcessView],
     (precopy, spaces): (&Precopy, &mut SpaceAllocator),
     shared: &mut SharedObjects,
+    beside: &mut Beside,
 ) -> Result<Vec<Process>, CaptureError> {
     let own: HashMap<i32, i32> = views.iter().map(|view| (view.pid, view.own_pid)).collect();
     let mut unreported = HashSet::new();
@@ -279,7 +300,14 @@ fn ask_all(
             let stopped = children.filter(|child| child.job_stopped.is_some());
             let stopped: Vec<i32> = stopped.filter_map(|child| own.get(&child.pid).copied()).collect();
             let space = precopy.space_of(view).unwrap_or_else(|| spaces.next());
-            Life::Alive(Box::new(capture_body(process, view, space, shared, (&stopped, &mut unreported))?))
+            Life::Alive(Box::new(capture_body(
+                process,
+                view,
+                space,
+                shared,
+                (&stopped, &mut unreported),
+                beside,
+            )?))
         };
         processes.push(Process {
             pid: view.own_pid,
@@ -300,6 +328,7 @@ fn capture_body(
     space: SpaceId,
     shared: &mut SharedObjects,
     (stopped_children, unreported): (&[i32], &mut HashSet<i32>),
+    beside: &mut Beside,
 ) -> Result<Body, CaptureError> {
     let foreign = ForeignMemory::open(process.pid)?;
     let vdso = locate_vdso(view, &foreign)?;
@@ -323,10 +352,14 @@ fn capture_body(
             None
         };
         let thread_questions = ThreadState::ask(&thread, &mut program)?;
+        let restricted = beside.witnesses.ask(&thread, &mut program);
+        let keys = beside.keyrings.ask(&thread, &mut program)?;
         let mut visit = Visit::begin(process.pid, *tid, vdso, &foreign, caught, program.size())?;
         let outcome = visit.run(program)?;
         visit.end()?;
         outcome.check().map_err(|source| CaptureError::Question { pid: process.pid, source })?;
+        landlock::answer(&thread, restricted, &outcome)?;
+        let session_keyring = beside.keyrings.answer(&thread, &keys, &outcome)?;
         if let Some((questions, late, stops)) = &process_questions {
             job_control::answers(stops, &outcome, unreported);
             let late = LateState::capture(view, late, &outcome)?;
@@ -334,9 +367,11 @@ fn capture_body(
         }
         threads.push(Thread {
             tid: own_tid,
+            session_keyring,
             state: ThreadState::capture(&thread, &thread_questions, &outcome)?,
         });
     }
+    keyrings::refuse_own(process.pid, &threads)?;
     let (mut state, late) = state.ok_or(CaptureError::Ended { pid: process.pid })?;
     state.address_space.capture_deleted(view, shared)?;
     Ok(Body {

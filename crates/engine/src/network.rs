@@ -21,6 +21,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use limosa_kernel::net::InNetns;
+use limosa_kernel::net::flow_labels::{self, Leased};
 use limosa_kernel::net::multicast::{self, Group};
 use limosa_kernel::net::nft::{self, PacketLock, Scope};
 use limosa_kernel::net::raw::{self, Kind};
@@ -134,6 +135,8 @@ pub struct Network {
     groups: HashMap<(u64, u64), Vec<Group>>,
     /// Likewise, the TCP sockets whose segments are signed, by inode number.
     signed: HashMap<(u64, u64), HashSet<u64>>,
+    /// Likewise, the flow labels that are leased.
+    leased: HashMap<(u64, u64), Leased>,
     /// The PID in the tree of the peers of unix sockets, by the socket's inode number: of those that had to be asked for.
     pub(crate) peers: HashMap<u64, i32>,
     /// What becomes of the connections.
@@ -242,11 +245,33 @@ impl Network {
             return Err(view.refuse(reason, "close it before the checkpoint").into());
         }
         refuse_foreign_options(view)?;
+        self.refuse_leases(view, namespace)?;
         if kind(view).is_some_and(|kind| kind.protocol == libc::IPPROTO_TCP)
             && self.signed(view, namespace)?.contains(&view.stat.st_ino)
         {
             let reason = "it signs its segments (TCP_MD5SIG), with keys that would lie in the checkpoint";
             return Err(view.refuse(reason, "close it before the checkpoint").into());
+        }
+        Ok(())
+    }
+
+    fn refuse_leases(&mut self, view: &DescriptionView, namespace: (u64, u64)) -> Result<(), CaptureError> {
+        if kind(view).is_none_or(|kind| kind.domain != libc::AF_INET6) {
+            return Ok(());
+        }
+        let leased = match self.leased.entry(namespace) {
+            Entry::Occupied(listed) => listed.into_mut(),
+            Entry::Vacant(place) => {
+                let leased = flow_labels::leased(&view.descriptor)?;
+                for address in &leased.anycast {
+                    tracing::warn!(%address, "sockets have joined an anycast address; those of the tree lose it");
+                }
+                place.insert(leased)
+            }
+        };
+        if leased.labels.iter().any(|label| flow_labels::has_leased(&view.descriptor, *label)) {
+            let reason = "it has an IPv6 flow label (IPV6_FLOWLABEL_MGR), which is leased from this machine";
+            return Err(view.refuse(reason, "release the label and try again").into());
         }
         Ok(())
     }

@@ -38,7 +38,7 @@ use crate::plan::{Kin, NodeId, Plan, Role};
 use crate::report::Report;
 use crate::resources::DescriptorState;
 use crate::resources::mapping::{self, Backing};
-use crate::resources::{processor, shared_memory, terminal, vdso};
+use crate::resources::{keyrings, processor, shared_memory, terminal, vdso};
 use crate::state::{Body, Life, Pages, Process, TREE, Tree};
 
 pub(crate) use inside::Inside;
@@ -210,6 +210,7 @@ const HIGHEST_DESCRIPTOR: i32 = 1 << 30;
 
 /// Checks what the type system does not: numbers that refer to something.
 fn check(tree: &Tree) -> Result<(), RestoreError> {
+    keyrings::check(tree)?;
     for (process, body) in tree.living() {
         mapping::check(&body.mappings)?;
         for mapping in &body.mappings {
@@ -343,6 +344,8 @@ pub(crate) struct Nursery {
     was_subreaper: bool,
     /// What each is born with.
     heritage: heritage::Heritage,
+    /// Which nodes join a session keyring.
+    joining: Vec<bool>,
 }
 
 impl Nursery {

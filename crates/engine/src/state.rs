@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::pieces::Piece;
 use crate::resources::file_locks::FileLock;
+use crate::resources::keyrings::SessionKeyring;
 use crate::resources::mapping::MappingState;
 use crate::resources::processor::Layout;
 use crate::resources::shared_memory::SharedObject;
@@ -31,6 +32,9 @@ pub struct Tree {
     /// Pseudo-terminals.
     #[serde(default)]
     pub terminals: Vec<Terminal>,
+    /// The session keyrings that processes are in.
+    #[serde(default)]
+    pub session_keyrings: Vec<SessionKeyring>,
     /// The namespaces that are not the host's, and what is in them.
     pub namespaces: NamespaceState,
     /// The vDSO of the kernel that the tree ran on.
@@ -175,6 +179,9 @@ pub struct Description {
 pub struct Thread {
     /// Its ID.
     pub tid: i32,
+    /// Its session keyring: index into [`Tree::session_keyrings`].
+    #[serde(default)]
+    pub session_keyring: Option<usize>,
     /// Everything about it.
     pub state: ThreadState,
 }

@@ -11,6 +11,7 @@ pub mod eventfd;
 pub mod fault;
 mod guarded;
 pub mod handle;
+pub mod keyring;
 pub mod memory;
 pub mod mount;
 pub mod mqueue;

@@ -50,6 +50,18 @@ pub fn set_mm_map() -> Result<()> {
     answer("prctl(PR_SET_MM_MAP_SIZE)", result.into()).map(drop)
 }
 
+/// Landlock (landlock_create_ruleset(2)): asks for its version.
+pub fn landlock() -> Result<()> {
+    const LANDLOCK_CREATE_RULESET_VERSION: u32 = 1;
+    fault::point();
+    // SAFETY: no rules are read at the null pointer, whose size is 0.
+    let result = unsafe {
+        let none = std::ptr::null::<u8>();
+        libc::syscall(libc::SYS_landlock_create_ruleset, none, 0, LANDLOCK_CREATE_RULESET_VERSION)
+    };
+    answer("landlock_create_ruleset", result).map(drop)
+}
+
 /// `PR_GET_TID_ADDRESS` (prctl(2); `CONFIG_CHECKPOINT_RESTORE`).
 pub fn tid_address() -> Result<()> {
     fault::point();

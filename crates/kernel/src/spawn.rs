@@ -44,6 +44,8 @@ pub enum Step {
     MountProc(CString),
     /// Becomes leader of a new session (setsid(2)).
     NewSession,
+    /// Joins a new session keyring (keyrings(7)), where the kernel has keys: those of its caller stay behind.
+    NewSessionKeyring,
     /// Makes the terminal behind the descriptor the controlling terminal of its session.
     ControllingTerminal(OwnedFd),
     /// Makes `to` a duplicate of `from` that stays open across execve.
@@ -175,6 +177,7 @@ fn describe(step: &Step) -> (&'static str, String) {
         Step::ChangeDirectory(path) => ("chdir", path.to_string_lossy().into_owned()),
         Step::MountProc(path) => ("mount", format!("proc onto {}", path.to_string_lossy())),
         Step::NewSession => ("setsid", "the new process".to_owned()),
+        Step::NewSessionKeyring => ("keyctl", "a new session keyring".to_owned()),
         Step::ControllingTerminal(_) => ("ioctl(TIOCSCTTY)", "its terminal".to_owned()),
         Step::Duplicate { to, .. } => ("dup3", format!("descriptor {to}")),
         Step::Open { path, .. } => ("open", path.to_string_lossy().into_owned()),
@@ -428,6 +431,17 @@ fn perform(step: &Step) -> rustix::io::Result<()> {
         Step::ChangeDirectory(path) => rustix::process::chdir(path.as_c_str()),
         Step::MountProc(path) => mount_proc(path),
         Step::NewSession => rustix::process::setsid().map(drop),
+        Step::NewSessionKeyring => {
+            const JOIN_SESSION_KEYRING: libc::c_long = 1;
+            // SAFETY: no name is read at the null pointer.
+            match unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, 0_usize) } {
+                0.. => Ok(()),
+                _ => match last_errno() {
+                    Errno::NOSYS => Ok(()),
+                    errno => Err(errno),
+                },
+            }
+        }
         Step::ControllingTerminal(terminal) => rustix::process::ioctl_tiocsctty(terminal),
         Step::Duplicate { from, to } => duplicate(from.as_raw_fd(), *to),
         Step::Open { path, flags, to } => {

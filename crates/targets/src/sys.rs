@@ -1,5 +1,6 @@
 //! The raw calls that several kinds need, with the unsafe part in one place.
 
+use std::ffi::{CStr, CString};
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -275,4 +276,54 @@ pub fn option(socket: BorrowedFd<'_>, level: i32, name: i32, length: u32) -> Opt
 pub fn monotonic() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+/// `KEY_SPEC_SESSION_KEYRING`, `KEY_SPEC_USER_KEYRING`
+pub const SESSION_KEYRING: i32 = -3;
+pub const USER_KEYRING: i32 = -4;
+
+/// Joins a new session keyring; gives its number.
+pub fn join_session_keyring(name: Option<&CStr>) -> Result<i32> {
+    const JOIN_SESSION_KEYRING: i32 = 1;
+    let name = name.map_or(ptr::null(), CStr::as_ptr);
+    // SAFETY: the name is null or a live string with its end.
+    let joined = unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, name) };
+    Ok(check(joined).context("joining a session keyring")? as i32)
+}
+
+/// keyctl(2) with numbers only.
+pub fn keyctl(command: i32, arguments: [i32; 3]) -> io::Result<i32> {
+    let [first, second, third] = arguments.map(i64::from);
+    // SAFETY: the commands that targets use take numbers, and buffers of no length.
+    check(unsafe { libc::syscall(libc::SYS_keyctl, command, first, second, third, 0) })
+        .map(|number| number as i32)
+}
+
+/// Adds a key of the type `user`; gives its number.
+pub fn add_key(name: &str, keyring: i32) -> Result<i32> {
+    let name = CString::new(name)?;
+    // SAFETY: strings with their ends, and four live bytes.
+    let added = unsafe {
+        libc::syscall(libc::SYS_add_key, c"user".as_ptr(), name.as_ptr(), c"word".as_ptr(), 4, keyring)
+    };
+    Ok(check(added).context("adding a key")? as i32)
+}
+
+/// The number of the key of that type and name that this thread finds, if it finds one.
+pub fn find_key(kind: &CStr, name: &CStr) -> Option<i32> {
+    let none = ptr::null::<u8>();
+    // SAFETY: strings with their ends, and none that would have somebody make the key.
+    let found = unsafe { libc::syscall(libc::SYS_request_key, kind.as_ptr(), name.as_ptr(), none, 0) };
+    check(found).ok().map(|number| number as i32)
+}
+
+/// A key as `keyctl describe` shows it: `type;owner;group;permissions;name`.
+pub fn describe_key(key: i32) -> Result<String> {
+    const DESCRIBE: i32 = 6;
+    let mut text = [0_u8; 256];
+    // SAFETY: a live buffer of the length that is given.
+    let length =
+        check(unsafe { libc::syscall(libc::SYS_keyctl, DESCRIBE, key, text.as_mut_ptr(), text.len()) })?;
+    let text = text.get(..length as usize - 1).context("a long description")?;
+    Ok(String::from_utf8_lossy(text).into_owned())
 }

@@ -21,7 +21,7 @@ const NOT_POSSIBLE: u8 = 2;
 /// Show what this kernel, these privileges and this CPU allow, or what in a target cannot be carried.
 ///
 /// Without a target every feature is tried; with one, the running processes are looked at without freezing them, as
-/// `checkpoint` and `migrate` do it first. What is left for them to find is in the threads' own hands (timers on other
+/// `checkpoint` and `migrate` do it first. What is left for them to find is in the threads' own hands (keys, Landlock, timers on other
 /// threads' clocks, supervised seccomp filters), or on its way in a unix socket.
 /// The exit status is 2 if checkpoint and restore cannot work here, or if anything in the target is refused.
 #[derive(Debug, Args)]

@@ -1,8 +1,7 @@
 //! Credentials of a thread: users, groups, capabilities, securebits, no_new_privs, and whether the process may be
 //! dumped (credentials(7), capabilities(7), prctl(2)).
 //!
-//! Keys are not carried (keyrings(7)): a thread comes back with the session keyring of whoever restores. Nor are Landlock
-//! rules (landlock(7)), which the kernel shows to nobody.
+//! Keys and Landlock have rooms of their own.
 //!
 //! Rebuilding goes from the most privileged state downwards: what needs a capability comes before it is dropped.
 
@@ -49,14 +48,7 @@ pub struct Asked {
     securebits: CallId,
     dumpable: CallId,
     parent_death_signal: limosa_puppet::Data,
-    keyrings: [CallId; 2],
 }
-
-/// `KEYCTL_GET_KEYRING_ID`
-const GET_KEYRING_ID: i32 = 0;
-/// `KEY_SPEC_THREAD_KEYRING`, `KEY_SPEC_PROCESS_KEYRING`. The one of the session is not asked for: to ask for one that
-/// is not there makes it.
-const KEYRINGS: [i32; 2] = [-1, -2];
 
 fn ids(ids: Ids) -> [u32; 4] {
     [ids.real, ids.effective, ids.saved, ids.fs]
@@ -69,12 +61,7 @@ impl ThreadAttribute for Credentials {
         let parent_death_signal = program.space(8);
         let arguments = [libc::PR_GET_PDEATHSIG.into(), parent_death_signal.into()];
         program.call("ask for the parent-death signal", libc::SYS_prctl, arguments);
-        let keyrings = KEYRINGS.map(|keyring| {
-            let arguments = [GET_KEYRING_ID.into(), keyring.into(), 0.into()];
-            program.try_call("ask for a keyring", libc::SYS_keyctl, arguments)
-        });
         Ok(Asked {
-            keyrings,
             securebits: program.call("ask for securebits", libc::SYS_prctl, [libc::PR_GET_SECUREBITS.into()]),
             dumpable: program.call("ask whether dumpable", libc::SYS_prctl, [libc::PR_GET_DUMPABLE.into()]),
             parent_death_signal,
@@ -84,10 +71,6 @@ impl ThreadAttribute for Credentials {
     fn capture(thread: &ThreadView, asked: &Asked, outcome: &Outcome) -> Result<Self, CaptureError> {
         let question = |source| CaptureError::Question { pid: thread.process.pid, source };
         let status = &thread.status;
-        if asked.keyrings.iter().any(|keyring| outcome.result(*keyring).is_ok()) {
-            let tid = thread.tid;
-            tracing::warn!(tid, "the keys in a keyring of its thread or process (keyrings(7)) do not travel");
-        }
         let Capabilities { inheritable, permitted, effective, bounding, ambient } = status.capabilities;
         Ok(Self {
             users: ids(status.uid),

@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use limosa_kernel::task;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
@@ -65,6 +66,7 @@ impl DescriptorKind for File {
             let remedy = "redirect it to a file of the container, or name it with --external";
             return Err(view.refuse("the file is outside the tree's own mounts", remedy).into());
         }
+        refuse_notification(view)?;
         let deleted = view.stat.st_nlink == 0;
         let mut path = view.link.clone();
         if deleted && let Some(last) = path.strip_suffix(DELETED) {
@@ -138,6 +140,16 @@ impl File {
         })?;
         reopen(directory, flags).map_err(fail("open"))
     }
+}
+
+/// What is watched by a directory's descriptor (`F_NOTIFY` of fcntl(2)) nobody tells. But to watch sets who gets the signals.
+fn refuse_notification(view: &DescriptionView) -> Result<(), CaptureError> {
+    if FileType::from_raw_mode(view.stat.st_mode) != FileType::Directory || view.is_path() {
+        return Ok(());
+    }
+    let Some((_, owner, _)) = task::descriptor_owner(&view.descriptor) else { return Ok(()) };
+    let reason = format!("it sends process {owner} signals: of changes of the directory (dnotify, F_NOTIFY), most likely");
+    Err(view.refuse(reason, "close it before the checkpoint, and watch directories by inotify(7)").into())
 }
 
 const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);

@@ -24,6 +24,8 @@ use crate::view::{DescriptionView, ProcessView, ThreadView};
 pub(crate) mod context;
 pub mod file_locks;
 pub(crate) mod job_control;
+pub mod keyrings;
+pub(crate) mod landlock;
 pub mod mapping;
 pub mod namespaces;
 mod paths;

@@ -2,7 +2,7 @@
 //! from which nodes its memory comes (set_mempolicy(2)); the nice value of its session (sched(7), "The autogroup
 //! feature").
 //!
-//! Utilization clamps are not carried. A thread that could run on every processor can so after a restore, however
+//! A thread that could run on every processor can so after a restore, however
 //! many there are.
 
 use limosa_kernel::task::{self, SchedulingAttributes};
@@ -13,8 +13,13 @@ use super::ThreadAttribute;
 use crate::error::{CaptureError, RestoreError};
 use crate::view::ThreadView;
 
-/// First published size of `struct sched_attr`: without utilization clamps.
+/// First published size of `struct sched_attr`, and the one with utilization clamps.
 const ATTRIBUTES_SIZE: u64 = 48;
+const CLAMPED_SIZE: u64 = 56;
+/// `SCHED_FLAG_UTIL_CLAMP_MIN | SCHED_FLAG_UTIL_CLAMP_MAX`
+const CLAMP: u64 = 0x60;
+/// The clamps of a thread that has none; of a real-time one; and of a kernel without them (`CONFIG_UCLAMP_TASK`).
+const NO_CLAMPS: [(u32, u32); 3] = [(0, 1024), (1024, 1024), (0, 0)];
 /// Words of the mask of all nodes, as many as the kernel can have (1024).
 const NODE_WORDS: usize = 16;
 /// `MPOL_DEFAULT`, and the bits of a policy that are not flags; `MPOL_LOCAL` has no nodes.
@@ -40,6 +45,9 @@ pub struct Scheduling {
     pub processors: Option<Vec<u64>>,
     /// As ioprio_get(2) encodes it.
     pub io_priority: u32,
+    /// Lower and upper utilization clamp, if they were chosen.
+    #[serde(default)]
+    pub clamps: Option<(u32, u32)>,
     /// Nanoseconds by which the kernel may delay a timer.
     pub timer_slack: u64,
     /// Where new memory comes from, if it was chosen: `MPOL_*`, and nodes, 64 in each word.
@@ -70,7 +78,7 @@ impl ThreadAttribute for Scheduling {
 
     fn capture(thread: &ThreadView, asked: &Asked, outcome: &Outcome) -> Result<Self, CaptureError> {
         let question = |source| CaptureError::Question { pid: thread.process.pid, source };
-        let SchedulingAttributes { policy, flags, nice, priority, mut runtime, deadline, period, .. } =
+        let SchedulingAttributes { policy, flags, nice, priority, mut runtime, deadline, period, util_min, util_max, .. } =
             task::scheduling(thread.tid)?;
         // The slice that everyone has was not chosen, and is another one on another machine.
         if is_fair(policy) && is_default_slice(runtime) {
@@ -85,6 +93,7 @@ impl ThreadAttribute for Scheduling {
             priority,
             times: [runtime, deadline, period],
             processors: (!all).then_some(processors),
+            clamps: Some((util_min, util_max)).filter(|clamps| !NO_CLAMPS.contains(clamps)),
             io_priority: task::io_priority(thread.tid)?,
             timer_slack: outcome.result(asked.slack).map_err(question)?,
             memory_nodes: memory_nodes(asked, outcome),
@@ -105,6 +114,7 @@ impl ThreadAttribute for Scheduling {
         ]);
         let arguments = [0.into(), attributes.into(), 0.into()];
         program.call("set the scheduling policy", libc::SYS_sched_setattr, arguments);
+        self.clamp(program);
         if self.io_priority != 0 {
             let arguments = [IOPRIO_WHO_PROCESS.into(), 0.into(), self.io_priority.into()];
             program.call("set the I/O priority", libc::SYS_ioprio_set, arguments);
@@ -158,6 +168,17 @@ impl Scheduling {
         let mask = program.words(&wanted);
         let arguments = [0.into(), (wanted.len() * 8).into(), mask.into()];
         program.call("bind to processors", libc::SYS_sched_setaffinity, arguments);
+    }
+
+    /// The clamps, once the policy is there: a kernel that has none refuses them, and loses nothing but a hint.
+    fn clamp(&self, program: &mut Program) {
+        const KEEP_POLICY_AND_PARAMETERS: u64 = 0x18;
+        let Some((lower, upper)) = self.clamps else { return };
+        let clamps = u64::from(lower) | u64::from(upper) << 32;
+        let attributes = [CLAMPED_SIZE, CLAMP | KEEP_POLICY_AND_PARAMETERS, 0, 0, 0, 0, clamps];
+        let attributes = program.words(&attributes);
+        let arguments = [0.into(), attributes.into(), 0.into()];
+        program.try_call("clamp its utilization", libc::SYS_sched_setattr, arguments);
     }
 
     /// Likewise the nodes of memory.

@@ -13,8 +13,8 @@ use super::{ARENA_SIZE, Nursery, Place, load};
 use crate::error::RestoreError;
 use crate::guardian;
 use crate::plan::{NodeId, Plan, Role, Step};
-use crate::resources::signal_handlers;
 use crate::resources::terminal::Rebuilt;
+use crate::resources::{keyrings, signal_handlers};
 use crate::state::{Life, Tree};
 
 const CLONE_ARGS_SIZE: usize = 88;
@@ -74,7 +74,8 @@ pub(crate) fn give_birth(
     let socket_number = socket_number(tree)?;
     let mut births: HashMap<NodeId, Birth> = HashMap::new();
     let heritage = Heritage::new(tree, plan);
-    let family = Family { tree, plan, heritage: &heritage, checkpoint };
+    let joining = keyrings::joining(tree, plan, limosa_kernel::keyring::has_session());
+    let family = Family { tree, plan, heritage: &heritage, checkpoint, joining: &joining };
     let order = plan.makers_last();
     // What those that wait for pages do once they have them.
     let mut later: HashMap<NodeId, Program> = HashMap::new();
@@ -104,6 +105,7 @@ pub(crate) fn give_birth(
         was_subreaper,
         guardian: Some(midwife.into()),
         heritage,
+        joining,
     };
     // The midwife has done its work, whether or not the root could be born. Of a container's tree, all ends with the
     // root; any other tree may need a guardian.
@@ -283,6 +285,7 @@ pub(crate) struct Family<'a> {
     pub(crate) plan: &'a Plan,
     pub(crate) heritage: &'a Heritage,
     pub(crate) checkpoint: &'a Checkpoint,
+    pub(crate) joining: &'a [bool],
 }
 
 impl Family<'_> {
@@ -295,6 +298,11 @@ impl Family<'_> {
     ) -> Program {
         let mut program = Program::new();
         end_with_the_parent(&mut program, socket_number);
+        if self.joining[node]
+            && let Role::Process(index) = self.plan.nodes[node].role
+        {
+            keyrings::join(self.tree, index, &mut program);
+        }
         let trust = self.heritage.of(node);
         if trust.waits() {
             trust.map_new(self.checkpoint, &mut program);

@@ -20,7 +20,7 @@ use crate::plan::Role;
 use crate::report::Report;
 use crate::resources::context::Holder;
 use crate::resources::mapping::Backing;
-use crate::resources::vdso;
+use crate::resources::{keyrings, vdso};
 use crate::state::{Body, Life, Process, Tree};
 
 const CLONE_THREAD_FLAGS: u64 = (libc::CLONE_VM
@@ -293,6 +293,8 @@ pub(super) struct Finishing<'a> {
     pub(super) kept: Vec<bool>,
     /// Descriptions that a process has already, which did what is to be done once.
     pub(super) held: &'a mut HashSet<usize>,
+    /// Whether the process has joined a session keyring: its place in the tree.
+    pub(super) joined: Option<usize>,
     /// The number of the socket that descriptors come over.
     pub(super) socket_number: i32,
 }
@@ -345,6 +347,9 @@ pub(super) fn final_program(
     }
     body.late.rebuild(&mut program);
     body.threads[0].state.rebuild(&mut program);
+    if let Some(index) = finishing.joined {
+        keyrings::link(tree, index, &mut program);
+    }
     for mapping in &body.mappings {
         mapping.seal(&mut program);
     }
@@ -362,7 +367,9 @@ fn complete(
 ) -> Result<(), RestoreError> {
     let mut threads: Vec<Birth> = Vec::with_capacity(body.threads.len() - 1);
     let kept = settlement(nursery.heritage.of(index), body, checkpoint).unwrap_or_default().kept;
-    let mut finishing = Finishing { kept, held: &mut objects.held, socket_number: nursery.socket_number };
+    let joined = nursery.joining[index].then_some(index);
+    let socket_number = nursery.socket_number;
+    let mut finishing = Finishing { kept, held: &mut objects.held, joined, socket_number };
     let arena = &mut nursery.arena;
     let program =
         final_program(tree, (&tree.processes[index], body), checkpoint, &mut finishing, |_, own| {

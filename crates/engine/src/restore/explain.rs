@@ -14,6 +14,7 @@ use super::heritage::Heritage;
 use super::{Planned, births, load};
 use crate::error::RestoreError;
 use crate::plan::{Node, Role, Step};
+use crate::resources::keyrings;
 use crate::state::{Life, Tree};
 use crate::summary::printable;
 
@@ -131,12 +132,14 @@ impl Planned<'_> {
         let socket_number = births::planned_socket_number(&self.tree);
         let mut held = HashSet::new();
         let heritage = Heritage::new(&self.tree, &self.plan);
+        let joining = keyrings::joining(&self.tree, &self.plan, limosa_kernel::keyring::has_session());
         for (node, planned) in self.plan.nodes.iter().enumerate() {
             let family = births::Family {
                 tree: &self.tree,
                 plan: &self.plan,
                 heritage: &heritage,
                 checkpoint: self.checkpoint,
+                joining: &joining,
             };
             let cradle = |_| births::Cradle::default();
             let first = family.first_program(node, cradle, socket_number);
@@ -157,7 +160,8 @@ impl Planned<'_> {
             programs.extend(reading(planned.pid, &missing(trust, body, self.checkpoint), socket_number));
             let mut threads = Vec::new();
             let kept = settlement(trust, body, self.checkpoint).unwrap_or_default().kept;
-            let mut finishing = Finishing { kept, held: &mut held, socket_number };
+            let joined = joining[node].then_some(index);
+            let mut finishing = Finishing { kept, held: &mut held, joined, socket_number };
             let last =
                 final_program(&self.tree, (process, body), self.checkpoint, &mut finishing, |tid, own| {
                     let section = Section::new(planned.pid, "sets what is its own", &own);

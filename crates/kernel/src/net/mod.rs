@@ -7,6 +7,7 @@ pub mod announce;
 mod namespace;
 pub mod rtnetlink;
 
+pub mod flow_labels;
 pub mod inject;
 pub mod multicast;
 pub mod netlink_socket;

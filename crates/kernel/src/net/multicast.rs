@@ -9,7 +9,7 @@
 //! struct group_req      0 interface (u32)   8 group (sockaddr_storage)
 //! ```
 //!
-//! Not seen: memberships on interfaces that are gone, which have no effect; IPv6 anycast (`IPV6_JOIN_ANYCAST`).
+//! Not seen: memberships on interfaces that are gone, which have no effect.
 //! Sources: `net/ipv4/igmp.c` (`ip_mc_gsfget`, `igmp_mc_seq_show`), `net/ipv6/mcast.c`, `include/uapi/linux/in.h`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

@@ -7,6 +7,7 @@ mod events;
 mod files;
 mod heartbeat;
 mod in_flight;
+mod keyrings;
 mod locks;
 mod memory;
 mod memory_advice;
@@ -66,6 +67,7 @@ const KINDS: &[(&str, SetUp)] = &[
     ("files", files::set_up),
     ("heartbeat", heartbeat::set_up),
     ("in-flight", in_flight::set_up),
+    ("keyrings", keyrings::set_up),
     ("locks", locks::set_up),
     ("memory", memory::set_up),
     ("memory-advice", memory_advice::set_up),

@@ -1,8 +1,8 @@
 //! What a socket can have beside its options that no restore can give it, as far as the kernel tells.
 //!
 //! It does not tell: programs that choose among sockets of one port (`SO_ATTACH_REUSEPORT_CBPF` and `_EBPF`), IPsec policies
-//! (`IP_XFRM_POLICY`), `IP_MULTICAST_IF` set by an index alone, `IPV6_PKTINFO` and `IPV6_MTU` that were set, IPv6 anycast
-//! addresses, leased IPv6 flow labels that are not the one in use, and the label of a TCP socket.
+//! (`IP_XFRM_POLICY`), `IP_MULTICAST_IF` set by an index alone, `IPV6_PKTINFO` and `IPV6_MTU` that were set, and which
+//! sockets have joined IPv6 anycast addresses. Leased flow labels are listed (see `flow_labels`).
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
@@ -49,12 +49,6 @@ pub fn foreign(fd: impl AsFd) -> Result<Option<Foreign>> {
                 return found(
                     "it has begun a datagram (MSG_MORE, UDP_CORK), whose bytes the kernel does not give out",
                     "let the process send it and try again",
-                );
-            }
-            if kind.domain == libc::AF_INET6 && uses_flow_label(fd) {
-                return found(
-                    "it uses an IPv6 flow label (IPV6_FLOWLABEL_MGR), which is leased from this machine",
-                    "release the label and try again",
                 );
             }
         }
@@ -108,9 +102,4 @@ fn has_pending_data(fd: BorrowedFd<'_>, domain: i32) -> bool {
     let answer =
         unsafe { libc::sendto(fd.as_raw_fd(), std::ptr::null(), 0, flags, address.as_ptr().cast(), length) };
     answer == 0
-}
-
-/// Whether datagrams carry a label that the socket has leased. `struct in6_flowlabel_req` with the action "get".
-fn uses_flow_label(fd: BorrowedFd<'_>) -> bool {
-    raw::get_bytes(fd, libc::IPPROTO_IPV6, libc::IPV6_FLOWLABEL_MGR, &mut [0; 32]).is_ok()
 }

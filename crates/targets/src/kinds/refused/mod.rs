@@ -1,5 +1,6 @@
 //! What cannot be carried, each by the name of the option: a checkpoint must refuse it by name, and leave it alone.
 
+mod restrictions;
 mod sockets;
 
 use std::fs::File;
@@ -56,6 +57,9 @@ fn make(setting: &Setting, kind: &str) -> Result<Vec<OwnedFd>> {
             message_queues::register(&queue)?;
             queue
         }
+        "dnotify" => restrictions::notified()?,
+        "keys" | "own-keys" => return restrictions::keys(kind),
+        "landlock" | "landlock-thread" => return restrictions::landlock(kind),
         "child-namespace" => return child_namespace(),
         other => return sockets::make(other),
     };

@@ -34,6 +34,11 @@ pub fn make(kind: &str) -> Result<Vec<OwnedFd>> {
             vec![socket.into()]
         }
         "flow-label" => vec![flow_label()?.into()],
+        "unused-label" => {
+            let listener = TcpListener::bind("[::1]:0")?;
+            lease_label(&listener)?;
+            vec![listener.into()]
+        }
         "signed" => {
             let listener = TcpListener::bind("127.0.0.1:0")?;
             // struct tcp_md5sig: the peer's address, flags, prefix, 2 bytes of length, interface, 80 bytes of key.
@@ -82,20 +87,26 @@ fn attach_program(socket: &UdpSocket) -> Result<()> {
 
 /// A socket that has leased a flow label and uses it (`linux/in6.h`, struct `in6_flowlabel_req`).
 fn flow_label() -> Result<UdpSocket> {
-    const LABEL: u32 = 0x1_2345;
-    const IPV6_FL_A_GET: u8 = 0;
-    const IPV6_FL_S_PROCESS: u8 = 2;
-    const IPV6_FL_F_CREATE: u16 = 1;
     let socket = UdpSocket::bind("[::1]:0")?;
-    let mut request = [0; 32];
-    request[..16].copy_from_slice(&Ipv6Addr::LOCALHOST.octets());
-    request[16..20].copy_from_slice(&LABEL.to_be_bytes());
-    request[20..22].copy_from_slice(&[IPV6_FL_A_GET, IPV6_FL_S_PROCESS]);
-    request[22..24].copy_from_slice(&IPV6_FL_F_CREATE.to_ne_bytes());
-    sys::set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_FLOWLABEL_MGR, &request)?;
+    lease_label(&socket)?;
     sys::set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_FLOWINFO_SEND, &1_i32.to_ne_bytes())?;
     let port = socket.local_addr()?.port();
     // The standard library gives the kernel the number as it stands in memory.
     socket.connect(SocketAddrV6::new(Ipv6Addr::LOCALHOST, port, LABEL.to_be(), 0))?;
     Ok(socket)
+}
+
+const LABEL: u32 = 0x1_2345;
+
+fn lease_label(socket: &impl AsRawFd) -> Result<()> {
+    const IPV6_FL_A_GET: u8 = 0;
+    const IPV6_FL_S_PROCESS: u8 = 2;
+    const IPV6_FL_F_CREATE: u16 = 1;
+    let mut request = [0; 32];
+    request[..16].copy_from_slice(&Ipv6Addr::LOCALHOST.octets());
+    request[16..20].copy_from_slice(&LABEL.to_be_bytes());
+    request[20..22].copy_from_slice(&[IPV6_FL_A_GET, IPV6_FL_S_PROCESS]);
+    request[22..24].copy_from_slice(&IPV6_FL_F_CREATE.to_ne_bytes());
+    sys::set_option(socket, libc::IPPROTO_IPV6, libc::IPV6_FLOWLABEL_MGR, &request)?;
+    Ok(())
 }
