@@ -53,6 +53,7 @@ round_trips! {
     memory_guarded: "memory-guarded";
     memory_huge: "memory-huge";
     memory_huge_forked: "memory-huge" "forked";
+    memory_segments: "memory-segments";
     memory_shared: "memory-shared";
     memory_system_v: "memory-shared" "system-v";
     message_queues: "message-queues";
@@ -63,6 +64,8 @@ round_trips! {
     signals: "signals";
     sleeps: "sleeps";
     sleep_of_epoll: "sleeps" "epoll_wait";
+    #[ignore = "needs a processor with protection keys: crates/vm runs it on an emulated one"]
+    protection_keys: "protection-keys";
     terminal: "terminal";
     threads: "threads";
     timers: "timers";

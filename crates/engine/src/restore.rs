@@ -212,7 +212,8 @@ const HIGHEST_DESCRIPTOR: i32 = 1 << 30;
 fn check(tree: &Tree) -> Result<(), RestoreError> {
     keyrings::check(tree)?;
     for (process, body) in tree.living() {
-        mapping::check(&body.mappings)?;
+        body.state.protection_keys.check()?;
+        mapping::check(&body.mappings, body.state.protection_keys)?;
         for mapping in &body.mappings {
             if let Backing::SharedMemory(object, _) | Backing::PrivateView(object, _) = mapping.backing
                 && object >= tree.shared_objects.len()

@@ -156,7 +156,10 @@ fn memory(body: &Body, checkpoint: &Checkpoint) -> MemorySummary {
         let part = match &mapping.backing {
             Backing::Anonymous => &mut memory.anonymous,
             Backing::File(_) => &mut memory.files,
-            Backing::SharedMemory(..) | Backing::PrivateView(..) | Backing::SystemV(_) => &mut memory.shared,
+            Backing::SharedMemory(..)
+            | Backing::PrivateView(..)
+            | Backing::SystemV(_)
+            | Backing::SystemVPart(_) => &mut memory.shared,
             Backing::Vdso(_) => continue,
         };
         *part = part.saturating_add(mapping.length);

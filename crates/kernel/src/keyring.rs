@@ -32,6 +32,19 @@ impl Keyring {
         self.description.starts_with(b"_uid_ses.")
     }
 
+    /// One as `KEYCTL_DESCRIBE` shows it: `type;uid;gid;permissions;description`.
+    pub fn described(id: i32, text: &[u8]) -> Option<Self> {
+        let mut fields = text.splitn(5, |byte| *byte == b';');
+        let mut field = || std::str::from_utf8(fields.next()?).ok();
+        if field()? != "keyring" {
+            return None;
+        }
+        let (uid, gid) = (number(field()?)?, number(field()?)?);
+        let permissions = u32::from_str_radix(field()?, 16).ok()?;
+        let description = fields.next()?.to_vec();
+        Some(Self { id, expires: false, permissions, uid, gid, description })
+    }
+
     /// A line of `/proc/keys`; none for other types of keys.
     ///
     /// `ID flags usage timeout permissions uid gid type description: content`
@@ -47,8 +60,6 @@ impl Keyring {
         let id = i32::from_str_radix(field()?, 16).ok()?;
         let (_flags, _usage, timeout) = (field()?, field()?, field()?);
         let permissions = u32::from_str_radix(field()?, 16).ok()?;
-        // Whom this namespace does not know is shown as −1.
-        let number = |text: &str| text.parse::<i64>().ok().map(|number| number as u32);
         let (uid, gid) = (number(field()?)?, number(field()?)?);
         if field()? != "keyring" {
             return None;
@@ -58,6 +69,11 @@ impl Keyring {
         let description = text[..end].to_vec();
         Some(Self { id, expires: timeout != "perm", permissions, uid, gid, description })
     }
+}
+
+/// A user or group. Whom this namespace does not know is shown as −1.
+fn number(text: &str) -> Option<u32> {
+    text.parse::<i64>().ok().map(|number| number as u32)
 }
 
 /// The keyrings that a process with the filesystem user `fsuid` may see, beside those that belong to nobody else's business
@@ -133,10 +149,18 @@ mod tests {
         );
     }
 
+    #[test]
+    fn a_described_keyring_is_read() {
+        let read = Keyring::described(7, b"keyring;1000;-1;3f130000;tea;pot").expect("a keyring");
+        assert_eq!((read.uid, read.gid, read.permissions), (1000, u32::MAX, 0x3f13_0000));
+        assert_eq!(read.description, b"tea;pot");
+        assert!(Keyring::described(7, b"user;0;0;3f130000;x").is_none());
+    }
+
     proptest::proptest! {
         #[test]
         fn any_line_is_a_keyring_or_none(line: Vec<u8>) {
-            let _ = Keyring::parse(&line);
+            let _ = (Keyring::parse(&line), Keyring::described(1, &line));
             let _ = Keyring::parse(&[b"1 I 1 perm 1 0 0 keyring ", line.as_slice()].concat());
         }
     }

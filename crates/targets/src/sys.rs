@@ -87,6 +87,16 @@ impl Region {
         Ok(Self { address: address.addr(), length })
     }
 
+    /// A System V segment of `length` bytes, attached anywhere.
+    pub fn attached(id: i32, length: usize, flags: i32) -> Result<Self> {
+        // SAFETY: the kernel chooses an address at which nothing is mapped.
+        let address = unsafe { libc::shmat(id, ptr::null(), flags) };
+        if address.addr() == usize::MAX {
+            return Err(io::Error::last_os_error()).context("shmat");
+        }
+        Ok(Self { address: address.addr(), length })
+    }
+
     /// Private anonymous memory that can be read and written, between two pages that cannot, so that the kernel
     /// merges it with no neighbour. `length` is a multiple of the page size.
     pub fn anonymous(length: usize) -> Result<Self> {

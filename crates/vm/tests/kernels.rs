@@ -11,6 +11,7 @@ use limosa_vm::machine::Machine;
 
 /// Python is too much for an initramfs; Debian's kernels have no guard regions yet (Linux 6.13).
 const ROUND_TRIPS: [&str; 2] = ["--skip=python", "--skip=memory_guarded"];
+const PROTECTION_KEYS: [&str; 3] = ["--ignored", "--exact", "protection_keys"];
 /// Under emulation, with the whole list in one run.
 const WHOLE_LIST: Duration = Duration::from_mins(10);
 
@@ -53,6 +54,17 @@ fn a_redis_keeps_its_clients_on_the_oldest_kernel() {
 #[test]
 fn a_redis_keeps_its_clients_on_the_newest_kernel() {
     sandboxed(|sandbox| passes(sandbox, &Kernel::newest()?, "connections", &["--exact", "redis"]));
+}
+
+/// The emulated processor has protection keys, whatever this machine's has.
+#[test]
+fn protection_keys_on_the_oldest_kernel() {
+    sandboxed(|sandbox| passes(sandbox, &Kernel::oldest()?, "round_trips", &PROTECTION_KEYS));
+}
+
+#[test]
+fn protection_keys_on_the_newest_kernel() {
+    sandboxed(|sandbox| passes(sandbox, &Kernel::newest()?, "round_trips", &PROTECTION_KEYS));
 }
 
 #[test]

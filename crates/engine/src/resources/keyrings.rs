@@ -7,7 +7,8 @@
 //!
 //! # How it is found out
 //! To ask for the session keyring gives a thread one that has none, and children another user's. But request_key(2) looks through
-//! all keyrings that a thread has, and finds keyrings by their names. Names are in `/proc/keys`.
+//! all keyrings that a thread has, and finds keyrings by their names. Names are in `/proc/keys`, as its users may see it: one with a
+//! name that has been given to another user is not found.
 //!
 //! # How it comes back
 //! Children inherit it. So a process whose session keyring is not its maker's joins a new one as the first thing that it
@@ -16,7 +17,7 @@
 //! Processes that shared one, but whose makers do not, have one each.
 
 use std::collections::hash_map::Entry;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 
 use limosa_kernel::keyring::{self, Keyring};
 use limosa_puppet::{CallId, Data, Outcome, Program};
@@ -31,6 +32,7 @@ const JOIN_SESSION_KEYRING: i32 = 1;
 const CHOWN: i32 = 4;
 const SETPERM: i32 = 5;
 const LINK: i32 = 8;
+const DESCRIBE: i32 = 6;
 const READ: i32 = 11;
 const THREAD: i32 = -1;
 const PROCESS: i32 = -2;
@@ -44,6 +46,8 @@ const ANONYMOUS: &[u8] = b"_ses";
 const NAMES_MAX: usize = 64;
 /// Links that are read of a keyring, of four bytes each.
 const LINKS_MAX: usize = 64;
+/// Bytes of a description that are read: those of a name are at most 4096.
+const TEXT_MAX: usize = 256;
 /// Longest name of a key, with its end.
 const NAME_MAX: usize = 4096;
 
@@ -74,35 +78,73 @@ pub(crate) struct Found {
 
 /// Where a thread's answers will be.
 pub(crate) struct Asked {
-    fsuid: u32,
     own: [(CallId, &'static str); 2],
-    named: Vec<(CallId, CallId, Data)>,
+    named: Vec<Named>,
+}
+
+/// Where the answers about one name will be.
+struct Named {
+    id: CallId,
+    read: CallId,
+    links: Data,
+    described: CallId,
+    text: Data,
+}
+
+/// A keyring that a thread has.
+struct Answered {
+    id: i32,
+    /// How many keys are linked in it.
+    count: usize,
+    links: Vec<i32>,
+    keyring: Keyring,
+}
+
+impl Named {
+    fn ask(name: &[u8], program: &mut Program) -> Self {
+        let (kind, name) = (program.string(b"keyring"), program.string(name));
+        let (links, text) = (program.space(LINKS_MAX * 4), program.space(TEXT_MAX));
+        let arguments = [kind.into(), name.into(), 0.into(), 0.into()];
+        let id = program.try_call("look for a keyring", libc::SYS_request_key, arguments);
+        let arguments = [READ.into(), id.into(), links.into(), (LINKS_MAX * 4).into()];
+        let read = program.try_call("see what is in it", libc::SYS_keyctl, arguments);
+        let arguments = [DESCRIBE.into(), id.into(), text.into(), TEXT_MAX.into()];
+        let described = program.try_call("see whose it is", libc::SYS_keyctl, arguments);
+        Self { id, read, links, described, text }
+    }
+
+    /// None where the thread has no keyring of that name, or may not look at it.
+    fn answer(&self, outcome: &Outcome) -> Option<Answered> {
+        let id = outcome.result(self.id).ok()? as i32;
+        let count = outcome.result(self.read).ok()? as usize / 4;
+        let words = outcome.bytes(self.links).chunks_exact(4);
+        let words = words.map(|word| i32::from_ne_bytes(word.try_into().unwrap_or_default()));
+        // With its end.
+        let length = (outcome.result(self.described).ok()? as usize).checked_sub(1)?;
+        let keyring = Keyring::described(id, outcome.bytes(self.text).get(..length)?)?;
+        Some(Answered { id, count, links: words.take(count).collect(), keyring })
+    }
 }
 
 impl Found {
     /// Adds the questions to a thread.
     pub(crate) fn ask(&mut self, thread: &ThreadView, program: &mut Program) -> Result<Asked, CaptureError> {
-        let fsuid = thread.status.uid.fs;
-        let visible = match self.visible.entry(fsuid) {
-            Entry::Occupied(visible) => visible.into_mut(),
-            Entry::Vacant(place) => place.insert(keyring::visible_to(fsuid)?),
-        };
         let own = [(THREAD, "thread"), (PROCESS, "process")].map(|(keyring, whose)| {
             let arguments = [READ.into(), keyring.into(), 0.into(), 0.into()];
             (program.try_call("look for keys of its own", libc::SYS_keyctl, arguments), whose)
         });
-        let mut asked = HashSet::new();
-        let names = visible.iter().map(|keyring| keyring.description.as_slice());
-        let names = names.filter(|name| asked.insert(*name)).take(NAMES_MAX);
-        let kind = program.string(b"keyring");
-        let named = names.map(|name| {
-            let (name, links) = (program.string(name), program.space(LINKS_MAX * 4));
-            let arguments = [kind.into(), name.into(), 0.into(), 0.into()];
-            let id = program.try_call("look for a keyring", libc::SYS_request_key, arguments);
-            let arguments = [READ.into(), id.into(), links.into(), (LINKS_MAX * 4).into()];
-            (id, program.try_call("see what is in it", libc::SYS_keyctl, arguments), links)
-        });
-        Ok(Asked { fsuid, own, named: named.collect() })
+        // Of another user's, a session keyring without a name can still be found.
+        let mut names = BTreeSet::from([ANONYMOUS.to_vec()]);
+        let ids = thread.status.uid;
+        for user in [0, ids.real, ids.effective, ids.saved, ids.fs] {
+            let visible = match self.visible.entry(user) {
+                Entry::Occupied(visible) => visible.into_mut(),
+                Entry::Vacant(place) => place.insert(keyring::visible_to(user)?),
+            };
+            names.extend(visible.iter().map(|keyring| keyring.description.clone()));
+        }
+        let named = names.iter().take(NAMES_MAX).map(|name| Named::ask(name, program));
+        Ok(Asked { own, named: named.collect() })
     }
 
     /// The thread's session keyring, as an index into [`Self::finish`].
@@ -121,38 +163,26 @@ impl Found {
                 );
             }
         }
-        let visible = &self.visible[&asked.fsuid];
-        let known = |id: i32| visible.iter().find(|keyring| keyring.id == id);
-        let mut found = Vec::new();
-        let mut linked = HashSet::new();
-        for (id, read, links) in &asked.named {
-            let (Ok(id), Ok(bytes)) = (outcome.result(*id), outcome.result(*read)) else { continue };
-            let words = outcome.bytes(*links).chunks_exact(4);
-            let words = words.map(|word| i32::from_ne_bytes(word.try_into().unwrap_or_default()));
-            let links: Vec<i32> = words.take(bytes as usize / 4).collect();
-            linked.extend(links.iter().copied());
-            found.push((id as i32, bytes as usize / 4, links));
+        let answered: Vec<Answered> = asked.named.iter().filter_map(|named| named.answer(outcome)).collect();
+        let known = |id: i32| answered.iter().find(|other| other.id == id);
+        let is_inside = |id: i32| answered.iter().any(|other| other.links.contains(&id));
+        let mut found = answered.iter().filter(|it| !it.keyring.is_users() && !is_inside(it.id));
+        let Some(Answered { id, count, links, keyring }) = found.next() else { return Ok(None) };
+        if found.next().is_some() {
+            let reason = format!("its thread {} has several keyrings", thread.tid);
+            return Err(refuse(reason, "run it in a new session (keyctl session)").into());
         }
-        found.retain(|(id, ..)| !linked.contains(id) && !known(*id).is_some_and(Keyring::is_users));
-        let (id, count, links) = match found.as_slice() {
-            [] => return Ok(None),
-            [only] => only,
-            _ => {
-                let reason = format!("its thread {} has several keyrings", thread.tid);
-                return Err(refuse(reason, "run it in a new session (keyctl session)").into());
-            }
-        };
         if let Some(index) = self.by_id.get(id) {
             return Ok(Some(*index));
         }
         let links: Vec<&Keyring> =
-            links.iter().filter_map(|id| known(*id)).filter(|it| it.is_users()).collect();
-        let Some(keyring) = known(*id) else { return Ok(None) };
-        let name = String::from_utf8_lossy(&keyring.description);
-        if *count > links.len() || keyring.expires {
-            let what = if keyring.expires { "will expire" } else { "has keys in it, which are not carried" };
+            links.iter().filter_map(|id| Some(&known(*id)?.keyring)).filter(|it| it.is_users()).collect();
+        let expires = self.visible.values().flatten().any(|listed| listed.id == *id && listed.expires);
+        if *count > links.len() || expires {
+            let what = if expires { "will expire" } else { "has keys in it, which are not carried" };
             let remedy =
                 "remove its keys (keyctl clear @s), or run the program in a new session (keyctl session)";
+            let name = String::from_utf8_lossy(&keyring.description);
             return Err(refuse(format!("its session keyring, {name}, {what}"), remedy).into());
         }
         let anonymous = keyring.description == ANONYMOUS;

@@ -9,6 +9,8 @@ use limosa_kernel::proc::{Mapping, MappingName, Prot, VmFlags};
 use limosa_puppet::Program;
 use serde::{Deserialize, Serialize};
 
+use super::protection_keys::ProtectionKeys;
+use super::segments::{self, Part};
 use super::shared_memory::{SharedObjects, is_segment, is_shared_memory};
 use super::vdso;
 use crate::error::{CaptureError, Refusal, RestoreError};
@@ -69,6 +71,9 @@ pub struct MappingState {
     /// Whether mseal(2) forbids to change it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub sealed: bool,
+    /// The key of pkeys(7) that guards it; none for key 0, and for the one that the kernel chooses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protection_key: Option<u32>,
 }
 
 /// What a mapping shows.
@@ -83,6 +88,8 @@ pub enum Backing {
     PrivateView(usize, u64),
     /// A System V segment, by its ID.
     SystemV(i32),
+    /// A part of one, or one that is protected otherwise than shmat(2) does it.
+    SystemVPart(Part),
     /// A file.
     File(MappedFile),
     /// The kernel's vDSO with its data pages; the number is a digest of its code.
@@ -123,6 +130,7 @@ impl MappingState {
             name: None,
             guards: Vec::new(),
             sealed: false,
+            protection_key: None,
         }
     }
 
@@ -136,7 +144,9 @@ impl MappingState {
         match &self.backing {
             Backing::Anonymous | Backing::PrivateView(..) => true,
             Backing::File(file) => !file.shared,
-            Backing::SharedMemory(..) | Backing::SystemV(_) | Backing::Vdso(_) => false,
+            Backing::SharedMemory(..) | Backing::SystemV(_) | Backing::SystemVPart(_) | Backing::Vdso(_) => {
+                false
+            }
         }
     }
 
@@ -160,13 +170,20 @@ impl MappingState {
             .iter()
             .filter(ordinary)
             .map(|one| Self::capture(process, one, shared, &mut sizes));
-        captured
-            .chain([vdso::capture(process)])
-            .filter_map(|outcome| match outcome {
-                Err(CaptureError::Refused(refusal)) => Some(*refusal),
-                _ => None,
-            })
-            .collect()
+        let mut refusals = Vec::new();
+        let mut states = Vec::new();
+        for outcome in captured.chain([vdso::capture(process)]) {
+            match outcome {
+                Ok(state) => states.push(state),
+                Err(CaptureError::Refused(refusal)) => refusals.push(*refusal),
+                Err(_) => {}
+            }
+        }
+        // The vDSO has come last, which makes no difference to segments.
+        if let Err(CaptureError::Refused(refusal)) = refuse_collisions(process, &states) {
+            refusals.push(*refusal);
+        }
+        refusals
     }
 
     /// Captures all mappings of a process.
@@ -182,6 +199,7 @@ impl MappingState {
                 _ => states.push(Self::capture(process, mapping, shared, &mut sizes)?),
             }
         }
+        refuse_collisions(process, &states)?;
         Ok(states)
     }
 
@@ -198,13 +216,6 @@ impl MappingState {
         if let Some((_, reason, remedy)) = UNSUPPORTED.iter().find(|(flag, ..)| flags.contains(*flag)) {
             return Err(refuse(reason, remedy));
         }
-        if is_keyed(mapping) {
-            let remedy = "have it give the memory back to key 0 (pkey_mprotect) before the checkpoint";
-            return Err(refuse(
-                "a protection key guards it, and nobody can tell which keys are taken",
-                remedy,
-            ));
-        }
         let backing = match &mapping.name {
             // A private mapping of /dev/zero is anonymous; a shared one is of a nameless file of that name.
             MappingName::Path { path, deleted: false } if path == b"/dev/zero" => Backing::Anonymous,
@@ -219,6 +230,18 @@ impl MappingState {
                 let remedy = "have the process unmap it (memfd_secret) before the checkpoint";
                 return Err(refuse("it is secret memory, which nobody but its process may read", remedy));
             }
+            // Its file has no name, so the kernel shows it as a deleted one.
+            MappingName::Path { path, deleted: true } if is_segment(path) => {
+                let id = shared.attachment(mapping);
+                let size = sizes.of(process, mapping, path)?;
+                let writable = flags.contains(VmFlags::MAY_WRITE);
+                let whole = mapping.offset == 0 && Some(mapping.len()) == size.checked_next_multiple_of(4096);
+                if whole && writable == mapping.prot.contains(Prot::WRITE) {
+                    Backing::SystemV(id)
+                } else {
+                    Backing::SystemVPart(Part { id, offset: mapping.offset, size, writable })
+                }
+            }
             MappingName::Path { path, deleted } if *deleted || is_shared_memory(path) => {
                 let object = shared.of_mapping(process, mapping, path)?;
                 if flags.contains(VmFlags::MAY_SHARE) {
@@ -229,9 +252,6 @@ impl MappingState {
             }
             MappingName::AnonShmemName(_) => {
                 Backing::SharedMemory(shared.of_mapping(process, mapping, b"/dev/zero")?, mapping.offset)
-            }
-            MappingName::Path { path, .. } if is_segment(path) => {
-                Backing::SystemV(shared.attachment(process, mapping))
             }
             MappingName::Path { path, .. } => {
                 Backing::File(mapped_file(process, mapping, path, flags, sizes)?)
@@ -271,6 +291,7 @@ impl MappingState {
             },
             guards: Vec::new(),
             sealed: flags.contains(VmFlags::SEALED),
+            protection_key: mapping.protection_key.filter(|_| is_keyed(mapping)),
         })
     }
 
@@ -279,17 +300,12 @@ impl MappingState {
     pub fn map(&self, program: &mut Program, descriptor: Option<i32>, writable: bool) {
         let (kind, offset) = match &self.backing {
             Backing::SystemV(id) => {
-                let mut access = 0;
-                if self.protection & libc::PROT_WRITE as u32 == 0 {
-                    access |= libc::SHM_RDONLY;
-                }
-                if self.protection & libc::PROT_EXEC as u32 != 0 {
-                    access |= libc::SHM_EXEC;
-                }
-                let arguments = [(*id).into(), self.start.into(), access.into()];
-                program.call("attach a System V segment", libc::SYS_shmat, arguments);
+                let may = |access: i32| self.protection & access as u32 != 0;
+                segments::attach(program, *id, self.start, may(libc::PROT_WRITE), may(libc::PROT_EXEC));
                 return;
             }
+            // Attached before all mappings.
+            Backing::SystemVPart(_) => return,
             Backing::Anonymous if self.is_droppable() && may_be_dropped() => {
                 (MAP_DROPPABLE | libc::MAP_ANONYMOUS, 0)
             }
@@ -319,7 +335,8 @@ impl MappingState {
     /// Adds what comes after the pages: final protection, advice, name, locking.
     pub fn finish(&self, program: &mut Program, was_writable: bool) {
         let (start, length) = (self.start, self.length);
-        if was_writable && self.protection & libc::PROT_WRITE as u32 == 0 {
+        let is_part = matches!(self.backing, Backing::SystemVPart(_));
+        if is_part || was_writable && self.protection & libc::PROT_WRITE as u32 == 0 {
             let arguments = [start.into(), length.into(), self.protection.into()];
             program.call("set a mapping's protection", libc::SYS_mprotect, arguments);
         }
@@ -351,6 +368,14 @@ impl MappingState {
         }
     }
 
+    /// Adds the call that gives it its key, which may forbid its own process to touch it.
+    pub fn lock_up(&self, program: &mut Program) {
+        if let Some(key) = self.protection_key {
+            let arguments = [self.start.into(), self.length.into(), self.protection.into(), key.into()];
+            program.call("give a mapping its protection key", libc::SYS_pkey_mprotect, arguments);
+        }
+    }
+
     /// Adds the call after which nothing about the mapping can be changed any more.
     pub fn seal(&self, program: &mut Program) {
         if self.sealed {
@@ -358,6 +383,14 @@ impl MappingState {
             program.call("seal a mapping", libc::SYS_mseal, arguments);
         }
     }
+}
+
+/// Refuses parts of System V segments that cannot be attached one after the other.
+fn refuse_collisions(process: &ProcessView, states: &[MappingState]) -> Result<(), CaptureError> {
+    let Err(part) = segments::attachments(states) else { return Ok(()) };
+    let (reason, remedy) =
+        ("another segment is attached where more of it would be", "detach it (shmdt) before the checkpoint");
+    Err(Refusal::mapping(process.pid, part.start, "part of a System V segment".into(), reason, remedy).into())
 }
 
 /// Whether this kernel knows memory that may be dropped. Where it does not, that memory is an ordinary one, which the
@@ -428,7 +461,7 @@ fn mapped_file<'a>(
 }
 
 /// Checks that mappings from a checkpoint are ones that a process can have.
-pub fn check(mappings: &[MappingState]) -> Result<(), RestoreError> {
+pub fn check(mappings: &[MappingState], keys: ProtectionKeys) -> Result<(), RestoreError> {
     const TASK_SIZE: u64 = 0x7fff_ffff_f000;
     let mut free_from = 0;
     for mapping in mappings {
@@ -441,8 +474,14 @@ pub fn check(mappings: &[MappingState]) -> Result<(), RestoreError> {
                 return Err(RestoreError::inconsistent(what));
             }
         }
+        if mapping.protection_key.is_some_and(|key| !keys.has(key)) {
+            let what = format!("mapping at {:#x} with a protection key that is not taken", mapping.start);
+            return Err(RestoreError::inconsistent(what));
+        }
     }
-    Ok(())
+    segments::attachments(mappings).map(drop).map_err(|part| {
+        RestoreError::inconsistent(format!("the part of a System V segment at {:#x}", part.start))
+    })
 }
 
 /// Whether guard regions lie in their mapping.

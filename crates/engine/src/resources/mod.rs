@@ -30,6 +30,7 @@ pub mod mapping;
 pub mod namespaces;
 mod paths;
 pub mod processor;
+pub mod segments;
 pub mod shared_memory;
 pub mod vdso;
 
@@ -111,13 +112,13 @@ pub trait DescriptorKind: Sized {
 }
 
 macro_rules! attributes {
-    ($state:ident, $questions:ident, $view:ident, $trait:ident, { $($(#[doc = $doc:literal])* $room:ident: $type:ty,)* }) => {
+    ($state:ident, $questions:ident, $view:ident, $trait:ident, { $($(#[$meta:meta])* $room:ident: $type:ty,)* }) => {
         $(pub mod $room;)*
 
         /// All attributes together; a field for each room.
         #[derive(Debug, Serialize, Deserialize)]
         pub struct $state {
-            $($(#[doc = $doc])* pub $room: $type,)*
+            $($(#[$meta])* pub $room: $type,)*
         }
 
         /// Where the answers to all questions will be.
@@ -231,6 +232,9 @@ attributes! {
         signal_handlers: signal_handlers::SignalHandlers,
         /// Switches that prctl(2) and personality(2) set.
         prctl_state: prctl_state::Switches,
+        /// Keys of pkeys(7).
+        #[serde(default)]
+        protection_keys: protection_keys::ProtectionKeys,
     }
 }
 

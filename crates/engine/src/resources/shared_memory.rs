@@ -15,7 +15,7 @@ use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, ResolveFlags, SealFla
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{CaptureError, Refusal, RestoreError};
+use crate::error::{CaptureError, RestoreError};
 use crate::memory::SpaceAllocator;
 use crate::view::ProcessView;
 
@@ -78,7 +78,7 @@ pub enum SharedKind {
 
 /// Whether a mapping's path is that of a System V segment, `/SYSV` and the key in hexadecimal digits.
 pub fn is_segment(path: &[u8]) -> bool {
-    path.starts_with(b"/SYSV")
+    path.strip_prefix(b"/SYSV").is_some_and(|key| key.len() == 8 && key.iter().all(u8::is_ascii_hexdigit))
 }
 
 /// Whether a mapping's path is that of a memory object rather than of a file.
@@ -92,58 +92,35 @@ pub struct SharedObjects {
     by_inode: HashMap<(u64, u64), usize>,
     objects: Vec<SharedObject>,
     descriptors: Vec<OwnedFd>,
-    attachments: Vec<Attachment>,
-}
-
-/// A System V segment in an address space.
-#[derive(Debug)]
-struct Attachment {
-    pid: i32,
-    id: i32,
-    start: u64,
-    length: u64,
-    offset: u64,
+    /// IDs of the System V segments that are attached.
+    attached: HashSet<i32>,
 }
 
 impl SharedObjects {
     /// Notes that `mapping` is (part of) a System V segment; gives the segment's ID, which is its inode number.
-    pub fn attachment(&mut self, process: &ProcessView, mapping: &Mapping) -> i32 {
+    pub fn attachment(&mut self, mapping: &Mapping) -> i32 {
         let id = mapping.inode as i32;
-        let (start, length, offset) = (mapping.start, mapping.len(), mapping.offset);
-        self.attachments.push(Attachment { pid: process.pid, id, start, length, offset });
+        self.attached.insert(id);
         id
     }
 
     /// Adds the System V segments that are attached somewhere in the tree; `all` adds every other segment in the IPC
     /// namespace of process `root`, too.
     pub fn add_segments(&mut self, root: i32, all: bool) -> Result<(), CaptureError> {
-        if !all && self.attachments.is_empty() {
+        if !all && self.attached.is_empty() {
             return Ok(());
         }
         let ipc = namespace::of_process(root, Kind::Ipc)?;
-        let attached: HashSet<i32> = self.attachments.iter().map(|attachment| attachment.id).collect();
         let found = namespace::inside(&ipc, Kind::Ipc, || -> limosa_kernel::Result<Vec<_>> {
             let mut found = Vec::new();
             for segment in sysv::segments()? {
-                if all || attached.contains(&segment.permissions.id) {
+                if all || self.attached.contains(&segment.permissions.id) {
                     let file = sysv::open_segment(segment.permissions.id, segment.size, false)?;
                     found.push((segment, file));
                 }
             }
             Ok(found)
         })?;
-        for attachment in &self.attachments {
-            let segment = found.iter().find(|(segment, _)| segment.permissions.id == attachment.id);
-            let whole = segment.is_some_and(|(segment, _)| {
-                attachment.offset == 0 && attachment.length == segment.size.next_multiple_of(PAGE)
-            });
-            if !whole {
-                let name = format!("System V segment {}", attachment.id);
-                let reason = "only part of the segment is attached, or parts of it are protected differently";
-                let remedy = "detach it (shmdt) before the checkpoint";
-                return Err(Refusal::mapping(attachment.pid, attachment.start, name, reason, remedy).into());
-            }
-        }
         for (segment, file) in found {
             let Permissions { key, id, mode, uid, gid } = segment.permissions;
             let kind = SharedKind::SystemV { id, key, mode, uid, gid, removed: segment.removed };

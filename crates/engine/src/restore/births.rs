@@ -14,7 +14,7 @@ use crate::error::RestoreError;
 use crate::guardian;
 use crate::plan::{NodeId, Plan, Role, Step};
 use crate::resources::terminal::Rebuilt;
-use crate::resources::{keyrings, signal_handlers};
+use crate::resources::{keyrings, segments, signal_handlers};
 use crate::state::{Life, Tree};
 
 const CLONE_ARGS_SIZE: usize = 88;
@@ -221,6 +221,11 @@ fn is_free(tree: &Tree, start: u64, end: u64) -> bool {
     tree.living()
         .flat_map(|(_, body)| &body.mappings)
         .all(|mapping| mapping.end() <= start || mapping.start >= end)
+        // Nor will have for a moment.
+        && tree.living().all(|(_, body)| {
+            let attachments = segments::attachments(&body.mappings).unwrap_or_default();
+            !attachments.iter().any(|attachment| attachment.meets(start, end))
+        })
 }
 
 /// The highest number of the tree's descriptors and of all temporary ones.

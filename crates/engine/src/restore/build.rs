@@ -20,7 +20,7 @@ use crate::plan::Role;
 use crate::report::Report;
 use crate::resources::context::Holder;
 use crate::resources::mapping::Backing;
-use crate::resources::{keyrings, vdso};
+use crate::resources::{keyrings, segments, vdso};
 use crate::state::{Body, Life, Process, Tree};
 
 const CLONE_THREAD_FLAGS: u64 = (libc::CLONE_VM
@@ -116,7 +116,7 @@ impl<'a> Mapped<'a> {
         let mut numbers = Vec::with_capacity(body.mappings.len());
         for mapping in &body.mappings {
             let number = match &mapping.backing {
-                Backing::Anonymous | Backing::Vdso(_) => None,
+                Backing::Anonymous | Backing::SystemV(_) | Backing::SystemVPart(_) | Backing::Vdso(_) => None,
                 backing => {
                     let known = distinct.iter().rposition(|other| same_object(other, backing));
                     Some(known.unwrap_or_else(|| {
@@ -147,7 +147,12 @@ pub(super) fn mapping_program(
     set_group(&mut program, process);
     descriptors::receive(&mut program, socket_number, received);
     let settlement = settlement(trust, body, checkpoint).unwrap_or_default();
+    body.state.protection_keys.take(&mut program);
     trust.apply(&settlement, body, &mut program);
+    // Checked when the checkpoint was read.
+    for attachment in segments::attachments(&body.mappings).unwrap_or_default() {
+        attachment.make(&mut program);
+    }
     for (index, (mapping, number)) in body.mappings.iter().zip(mapped.numbers).enumerate() {
         if settlement.kept.get(index) == Some(&true) {
             continue;
@@ -351,6 +356,7 @@ pub(super) fn final_program(
         keyrings::link(tree, index, &mut program);
     }
     for mapping in &body.mappings {
+        mapping.lock_up(&mut program);
         mapping.seal(&mut program);
     }
     Ok(program)

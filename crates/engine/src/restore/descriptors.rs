@@ -149,7 +149,7 @@ impl Objects {
     /// The descriptor to map for a mapping, if it needs one; files are opened once.
     pub(crate) fn for_mapping(&mut self, backing: &Backing) -> Result<Option<BorrowedFd<'_>>, RestoreError> {
         match backing {
-            Backing::Anonymous | Backing::SystemV(_) | Backing::Vdso(_) => Ok(None),
+            Backing::Anonymous | Backing::SystemV(_) | Backing::SystemVPart(_) | Backing::Vdso(_) => Ok(None),
             Backing::SharedMemory(object, _) | Backing::PrivateView(object, _) => {
                 Ok(self.shared.get(*object).map(AsFd::as_fd))
             }

@@ -312,7 +312,7 @@ names! {
     SYS_dup2 SYS_dup3 SYS_epoll_create1 SYS_epoll_ctl SYS_exit SYS_exit_group SYS_fchdir SYS_fcntl SYS_flock SYS_futex
     SYS_getegid SYS_getitimer SYS_getpid SYS_getppid SYS_getsockopt SYS_gettid SYS_inotify_add_watch SYS_ioctl SYS_ioprio_set SYS_kcmp SYS_keyctl SYS_kill SYS_listen
     SYS_madvise SYS_mlock2 SYS_mmap SYS_mount SYS_mprotect SYS_mremap SYS_mseal SYS_munmap SYS_open SYS_openat SYS_personality
-    SYS_pipe2 SYS_prctl SYS_preadv SYS_prlimit64 SYS_process_madvise SYS_recvfrom SYS_recvmsg SYS_request_key SYS_rseq SYS_rt_sigaction
+    SYS_pipe2 SYS_pkey_alloc SYS_pkey_free SYS_pkey_mprotect SYS_prctl SYS_preadv SYS_prlimit64 SYS_process_madvise SYS_recvfrom SYS_recvmsg SYS_request_key SYS_rseq SYS_rt_sigaction
     SYS_rt_sigprocmask SYS_rt_sigqueueinfo SYS_rt_sigtimedwait SYS_rt_tgsigqueueinfo SYS_sched_setaffinity
     SYS_sched_setattr SYS_seccomp SYS_sendmsg SYS_set_mempolicy SYS_set_robust_list SYS_set_tid_address
     SYS_setdomainname SYS_setgroups SYS_sethostname SYS_setitimer SYS_setns SYS_setpgid SYS_setpriority

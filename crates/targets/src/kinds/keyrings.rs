@@ -19,7 +19,7 @@ const PERMISSIONS: i32 = 0x1f01_0000;
 pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
     sys::join_session_keyring(Some(c"tea: pot"))?;
     sys::keyctl(LINK, [USER_KEYRING, SESSION_KEYRING, 0]).context("linking the user's keyring")?;
-    sys::keyctl(CHOWN, [SESSION_KEYRING, 1000, 1001]).context("chown")?;
+    sys::keyctl(CHOWN, [SESSION_KEYRING, 0, 1001]).context("chown")?;
     sys::keyctl(SETPERM, [SESSION_KEYRING, PERMISSIONS, 0]).context("setperm")?;
     let key = sys::add_key("of the parent", SESSION_KEYRING)?;
     let heir = Child::start(&setting.protocol, "heir", |_| {
@@ -42,7 +42,7 @@ pub fn set_up(setting: &Setting) -> Result<Box<Verify>> {
     sys::keyctl(UNLINK, [key, SESSION_KEYRING, 0])?;
     Ok(Box::new(move || {
         let (text, links) = session()?;
-        let expected = format!("keyring;1000;1001;{PERMISSIONS:08x};tea: pot");
+        let expected = format!("keyring;0;1001;{PERMISSIONS:08x};tea: pot");
         ensure!(text == expected && links == 1, "{text} with {links} links");
         let users = sys::keyctl(GET_KEYRING_ID, [USER_KEYRING, 0, 0])?;
         let name = format!("_uid.{}", rustix::process::getuid().as_raw());

@@ -15,6 +15,7 @@ mod memory_file;
 mod memory_forked;
 mod memory_guarded;
 mod memory_huge;
+mod memory_segments;
 mod memory_shared;
 mod message_queues;
 mod misc;
@@ -22,6 +23,7 @@ mod multicast;
 mod netlink;
 mod odd_files;
 mod pipes;
+mod protection_keys;
 mod refused;
 mod registers;
 mod seccomp;
@@ -75,6 +77,7 @@ const KINDS: &[(&str, SetUp)] = &[
     ("memory-forked", memory_forked::set_up),
     ("memory-guarded", memory_guarded::set_up),
     ("memory-huge", memory_huge::set_up),
+    ("memory-segments", memory_segments::set_up),
     ("memory-shared", memory_shared::set_up),
     ("message-queues", message_queues::set_up),
     ("misc", misc::set_up),
@@ -82,6 +85,7 @@ const KINDS: &[(&str, SetUp)] = &[
     ("netlink", netlink::set_up),
     ("odd-files", odd_files::set_up),
     ("pipes", pipes::set_up),
+    ("protection-keys", protection_keys::set_up),
     ("refused", refused::set_up),
     ("registers", registers::set_up),
     ("seccomp", seccomp::set_up),
