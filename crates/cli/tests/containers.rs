@@ -267,6 +267,49 @@ fn mounts_and_system_v_objects_come_back() {
     }
 }
 
+/// A process in a group inside the container's was refused, and an empty one was lost, with its limits.
+#[test]
+fn control_groups_inside_a_containers_come_back() {
+    let Some(host) = Host::new() else { return };
+    let idle = "sleep 1000 & exec sleep 1000";
+    host.says(&["run", "groups", "--detach", "--", "sh", "-c", idle]);
+    // Whatever this host has; a process can be in one group of each hierarchy.
+    let furnish = "set -e; mkdir -p /mnt/two /mnt/pids; until other=$(grep -lx sleep /proc/[2-9]*/comm); do true; done; other=$(echo $other | cut -d/ -f3); \
+        if mount -t cgroup2 two /mnt/two; then mkdir -p /mnt/two/outer/inner '/mnt/two/with space'; \
+            echo 1234 > /mnt/two/outer/cgroup.max.depth; echo $other > /mnt/two/outer/inner/cgroup.procs; \
+            chown 7:8 /mnt/two/outer /mnt/two/outer/cgroup.procs; fi; \
+        if mount -t cgroup -o pids pids /mnt/pids 2>&-; then mkdir -p /mnt/pids/few/fewer /mnt/pids/none; \
+            echo 7 > /mnt/pids/few/pids.max; echo $other > /mnt/pids/few/fewer/cgroup.procs; fi";
+    host.says(&["exec", "groups", "--", "sh", "-c", furnish]);
+    let describe = || {
+        let look = "cd /mnt; find two pids -type d -printf '%p %U:%G\\n' | sort; \
+            find two pids -name pids.max -o -name cgroup.max.depth -o -name cgroup.procs | sort | \
+            while read f; do echo \"$f $(stat -c %u \"$f\")\" $(grep -v \"^$$\\$\" \"$f\"); done | grep -v '^[^/]*/cgroup.procs'";
+        host.says(&["exec", "groups", "--", "sh", "-c", look])
+    };
+    let before = describe();
+    assert!(
+        before.contains("two/outer/inner/cgroup.procs 0 ") && before.contains("two/with space 0:0"),
+        "{before}"
+    );
+
+    let out = host.state.path().join("checkpoint").to_string_lossy().into_owned();
+    host.says(&["checkpoint", "groups", "--out", &out]);
+    for _ in 0..2 {
+        host.says(&["restore", &out, "--detach"]);
+        assert_eq!(describe(), before);
+        host.says(&["stop", "--timeout", "0", "groups"]);
+        host.says(&["rm", "groups"]);
+    }
+    host.says(&["restore", &out, "--detach"]);
+    // What cannot be carried is found without freezing it.
+    host.says(&["exec", "groups", "--", "sh", "-c", "echo 1 > /mnt/two/outer/cgroup.freeze"]);
+    let refused = host.limosa(&["check", "groups"]);
+    host.says(&["exec", "groups", "--", "sh", "-c", "echo 0 > /mnt/two/outer/cgroup.freeze"]);
+    let said = String::from_utf8_lossy(&refused.stdout).into_owned();
+    assert!(!refused.status.success() && said.contains("outer") && said.contains("it is frozen"), "{said}");
+}
+
 /// `ps` said "running" of a container that was frozen for a migration whose outcome nobody knew.
 #[test]
 fn a_frozen_container_is_listed_as_such_with_the_migration_that_is_undecided() {

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::cgroup::CgroupError;
 use crate::config::{Config, Name};
 use crate::fate::Fate;
+use crate::groups;
 use crate::layer::{self, LayerError};
 use crate::link::{self, LinkError};
 use crate::registry::{Record, Registry, RegistryError};
@@ -124,7 +125,9 @@ impl Source {
 
     /// Everything in it that a checkpoint would refuse, found without freezing it.
     pub fn preflight(&self, registry: &Registry) -> Result<Vec<Refusal>, ContainerCaptureError> {
-        Ok(preflight::look(self.pid, &self.options(registry)?)?)
+        let mut found = preflight::look(self.pid, &self.options(registry)?)?;
+        found.extend(groups::examine(&self.record.cgroup, self.pid)?);
+        Ok(found)
     }
 
     /// Fails with everything that [`Self::preflight`] finds.
@@ -147,6 +150,7 @@ impl Source {
         externals.insert((log.dev(), log.ino()), LOG_KEY.to_owned());
         Ok(checkpoint::Options {
             container: true,
+            control_group: self.record.cgroup.mark(),
             externals,
             tcp: self.tcp,
             unaccepted: self.unaccepted,
@@ -167,6 +171,9 @@ impl Source {
         let options = self.options(registry)?;
         limosa_image::put(sink, SECTION, &self.state)?;
         let captured = checkpoint::capture(self.pid, sink, &options, report)?;
+        Refusals::check(groups::examine(&self.record.cgroup, self.pid)?)?;
+        let groups = groups::capture(&self.record.cgroup, &captured.own_pids())?;
+        limosa_image::put(sink, groups::SECTION, &groups)?;
         report.phase("filesystem", |_| store_layer(&paths.upper(), sink))?;
         let mut content = std::fs::File::open(paths.log())
             .map_err(|source| ContainerCaptureError::Log { path: paths.log(), source })?;
@@ -281,7 +288,7 @@ pub enum ContainerCaptureError {
     #[error("cannot change the container's interface")]
     Link(#[from] LinkError),
     /// Its control groups.
-    #[error("cannot freeze or thaw the container's control group")]
+    #[error("cannot freeze, thaw or read the container's control groups")]
     Cgroup(#[from] CgroupError),
     /// What is left of it here could not be removed.
     #[error("the checkpoint is complete, but the container's remains could not be removed")]

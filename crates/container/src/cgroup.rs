@@ -75,8 +75,18 @@ impl Cgroup {
     /// The PIDs of the processes in it, in the caller's PID namespace.
     pub fn processes(&self) -> Vec<i32> {
         let Some(directory) = self.directories.first() else { return Vec::new() };
-        let list = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
-        list.lines().filter_map(|line| line.parse().ok()).collect()
+        let mut found = Vec::new();
+        for group in inside_out(directory) {
+            let list = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+            found.extend(list.lines().filter_map(|line| line.parse::<i32>().ok()));
+        }
+        found
+    }
+
+    /// What its path contains in any hierarchy, and no other group's: `/limosa/NAME-RANDOM`.
+    pub fn mark(&self) -> Option<String> {
+        let name = self.directories.first()?.file_name()?.to_str()?;
+        Some(format!("/{PARENT}/{name}"))
     }
 
     /// Freezes the group's processes, or lets them run on (`cgroup.freeze`, version 2). Stays so when this
@@ -110,15 +120,18 @@ impl Cgroup {
     pub fn remove(&self) -> Result<(), CgroupError> {
         for directory in &self.directories {
             let mut tries = 200;
-            loop {
-                match fs::remove_dir(directory) {
-                    Ok(()) => break,
-                    Err(source) if source.kind() == io::ErrorKind::NotFound => break,
-                    Err(source) if source.kind() == io::ErrorKind::ResourceBusy && tries > 0 => {
-                        tries -= 1;
-                        std::thread::sleep(Duration::from_millis(10));
+            // Those that the container has made inside first.
+            for group in inside_out(directory) {
+                loop {
+                    match fs::remove_dir(&group) {
+                        Ok(()) => break,
+                        Err(source) if source.kind() == io::ErrorKind::NotFound => break,
+                        Err(source) if source.kind() == io::ErrorKind::ResourceBusy && tries > 0 => {
+                            tries -= 1;
+                            std::thread::sleep(Duration::from_millis(10));
+                        }
+                        Err(source) => return Err(CgroupError::io("remove", &group, source)),
                     }
-                    Err(source) => return Err(CgroupError::io("remove", directory, source)),
                 }
             }
             if let Some(parent) = directory.parent().filter(|parent| parent.ends_with(PARENT)) {
@@ -128,6 +141,21 @@ impl Cgroup {
         }
         Ok(())
     }
+}
+
+/// A group and all that are in it, each before the one around it.
+fn inside_out(directory: &Path) -> Vec<PathBuf> {
+    let mut found = vec![directory.to_owned()];
+    let mut next = 0;
+    while let Some(group) = found.get(next) {
+        let inner = fs::read_dir(group).into_iter().flatten().flatten();
+        let inner = inner.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        let mut inner: Vec<PathBuf> = inner.map(|entry| entry.path()).collect();
+        found.append(&mut inner);
+        next += 1;
+    }
+    found.reverse();
+    found
 }
 
 /// Makes one group.
@@ -250,6 +278,34 @@ pub enum CgroupError {
         #[source]
         source: io::Error,
     },
+    /// There is no such hierarchy.
+    #[error(
+        "the container has made control groups in a hierarchy that this host does not have ({kind:?}): mount it, or have the \
+         container remove them before the checkpoint"
+    )]
+    NoHierarchy {
+        /// Which one.
+        kind: crate::groups::Kind,
+    },
+    /// What a checkpoint says of control groups cannot be.
+    #[error(
+        "the checkpoint is inconsistent: control groups: {what}; it was damaged, or written by a program with a fault"
+    )]
+    Impossible {
+        /// What does not fit.
+        what: String,
+    },
+    /// A group that a container had made could not be made as it was.
+    #[error("cannot write {value:?} to {}, as the container had it: give control groups here the same controllers", file.display())]
+    Setting {
+        /// The file written to.
+        file: PathBuf,
+        /// The value.
+        value: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
     /// A limit was refused.
     #[error("cannot set {} to {value}", file.display())]
     Limit {
@@ -275,7 +331,7 @@ pub enum CgroupError {
 }
 
 impl CgroupError {
-    fn io(operation: &'static str, path: &Path, source: io::Error) -> Self {
+    pub(crate) fn io(operation: &'static str, path: &Path, source: io::Error) -> Self {
         Self::Io { operation, path: path.to_owned(), source }
     }
 }

@@ -10,6 +10,7 @@ mod config;
 mod exec;
 mod fate;
 mod foreground;
+pub mod groups;
 mod link;
 mod logs;
 pub mod migration;

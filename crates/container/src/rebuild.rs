@@ -20,6 +20,7 @@ use limosa_kernel::namespace::TimeOffsets;
 
 use crate::capture::{ContainerState, LAYER_BLOB, LOG_BLOB, SECTION};
 use crate::config::Name;
+use crate::groups::{self, Hierarchy};
 use crate::layer::{self, LayerError};
 use crate::registry::{Init, Record, Registry, RegistryError, Reservation};
 use crate::rootfs::{self, Identity, IdentityError};
@@ -124,6 +125,13 @@ pub(crate) fn prepare_on(
     if !checked.is_some_and(|checked| checked.is_of(&state)) {
         report.phase("root", |_| check_root(&state))?;
     }
+    // Checkpoints that are older have none.
+    let groups =
+        checkpoint.section(groups::SECTION).map(|_| checkpoint.state::<Vec<Hierarchy>>(groups::SECTION));
+    let groups = groups.transpose()?;
+    if let Some(groups) = &groups {
+        groups::check(groups).map_err(ShellError::from)?;
+    }
     let processor = changes.processor;
     let planned = Planned::new(checkpoint, Options { processor, ..Options::default() })?;
     let reservation = registry.reserve(&config.name)?;
@@ -155,6 +163,9 @@ pub(crate) fn prepare_on(
         processor,
     });
     let loaded = planned.build(report)?;
+    if let Some(groups) = &groups {
+        groups::rebuild(shell.cgroup(), groups, &loaded.pids()).map_err(ShellError::from)?;
+    }
     let record = shell.record(Some(Init::of(loaded.root())?));
     Ok(Prepared { loaded, shell, reservation, record })
 }

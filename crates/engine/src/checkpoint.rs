@@ -47,6 +47,9 @@ use crate::visits::{locate_vdso, run_inside};
 pub struct Options {
     /// Whether the tree is a container of `limosa run`, whose namespaces a shell can be prepared for.
     pub container: bool,
+    /// Of a container, what the paths of its control group and of those in it contain: processes may be in any of them, and the
+    /// caller sees to it that they come back there.
+    pub control_group: Option<String>,
     /// Files outside the tree's root that restore will be told about: keys by device and inode.
     pub externals: HashMap<(u64, u64), String>,
     /// What becomes of TCP connections.
@@ -115,15 +118,14 @@ pub fn capture(
     twin::reap_leftovers(&frozen, &views)?;
     report.phase("sharing", |_| -> Result<(), CaptureError> {
         refuse_sharing(&frozen)?;
-        let home = Home::of(views[0].proc);
+        let home = Home::of(views[0].proc, options);
         let mut living = views.iter().filter(|view| view.status.state != TaskState::Zombie);
         living.try_for_each(|view| home.refuse_strays(view))
     })?;
     let mut spaces = precopy.spaces();
     let mut shared = SharedObjects::default();
-    let namespaces = report.phase("namespaces", |_| {
-        NamespaceState::capture(&views[0], options.container, Some((&mut *sink, settings)))
-    })?;
+    let namespaces = report
+        .phase("namespaces", |_| NamespaceState::capture(&views[0], options, Some((&mut *sink, settings))))?;
     let mut processes = report
         .phase("ask", |_| ask_all(&frozen, &views, (&precopy, &mut spaces), &mut shared, &mut beside))?;
     let Beside { witnesses, keyrings } = beside;
@@ -201,6 +203,13 @@ fn store_early(
 }
 
 impl Captured {
+    /// The PID in the tree of each living process, by its PID here.
+    pub fn own_pids(&self) -> HashMap<i32, i32> {
+        let living = self.frozen.processes.iter().filter(|process| !process.threads.is_empty());
+        let own = living.filter_map(|process| Some((process.pid, process.proc.status().ok()?.own_pid())));
+        own.collect()
+    }
+
     /// Lets the tree run on. What is still to be stored of its memory, while it does, is returned.
     pub fn release(self) -> Result<Remainder, CaptureError> {
         drop(self.network);

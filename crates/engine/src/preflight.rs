@@ -73,7 +73,7 @@ fn look_once(
             Err(error) => tracing::debug!(pid = member.pid, %error, "not looked at"),
         }
     }
-    let home = members.first().map(|root| Home::of(&root.proc));
+    let home = members.first().map(|root| Home::of(&root.proc, options));
     for view in views.iter().filter(|view| view.status.state != TaskState::Zombie) {
         let mut own = Vec::from_iter(traced(view));
         note(&mut own, filesystem::root(view));
@@ -87,7 +87,7 @@ fn look_once(
         }
     }
     if let Some(root) = views.first() {
-        note(&mut refusals, NamespaceState::capture(root, options.container, None));
+        note(&mut refusals, NamespaceState::capture(root, options, None));
     }
     refusals.extend(descriptors(&views, &mut shared, options, Network::running(options, stuck.clone())));
     Ok(refusals)

@@ -413,6 +413,12 @@ pub struct Started {
 }
 
 impl Loaded {
+    /// The PID here of each living process, by its PID in the tree.
+    pub fn pids(&self) -> HashMap<i32, i32> {
+        let living = self.tree.processes.iter().enumerate().filter(|(index, _)| is_alive(&self.tree, *index));
+        living.map(|(index, process)| (process.pid, self.nursery.puppets[index].pid())).collect()
+    }
+
     /// Gives every thread its registers and lets the tree run.
     pub fn start(self, report: &mut Report) -> Result<Started, RestoreError> {
         self.start_with(report, || Ok(()))

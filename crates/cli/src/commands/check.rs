@@ -22,7 +22,9 @@ const NOT_POSSIBLE: u8 = 2;
 ///
 /// Without a target every feature is tried; with one, the running processes are looked at without freezing them, as
 /// `checkpoint` and `migrate` do it first. What is left for them to find is in the threads' own hands (keys, Landlock, timers on other
-/// threads' clocks, supervised seccomp filters), or on its way in a unix socket.
+/// threads' clocks, supervised seccomp filters), or on its way in a unix socket. Lost without a word is what the kernel tells
+/// nobody: programs that choose among sockets of a port (SO_ATTACH_REUSEPORT_*), IPsec policies of sockets, IPV6_PKTINFO and
+/// IPV6_MTU that were set, and an interface of IP_MULTICAST_IF that was set by its number alone.
 /// The exit status is 2 if checkpoint and restore cannot work here, or if anything in the target is refused.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \

@@ -19,6 +19,7 @@ use limosa_kernel::proc::{CgroupLine, FileId, NsKind, ProcDir};
 use limosa_puppet::Program;
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::Options;
 use crate::error::{CaptureError, Refusal, RestoreError};
 use crate::restore::Nursery;
 use crate::view::ProcessView;
@@ -39,6 +40,8 @@ pub(crate) struct Home {
     namespaces: Vec<(NsKind, Option<FileId>)>,
     /// The control groups of the root, one in each hierarchy, where they can be read.
     cgroups: Option<Vec<CgroupLine>>,
+    /// What the paths of a container's control groups contain.
+    control_group: Option<String>,
 }
 
 impl Home {
@@ -46,7 +49,7 @@ impl Home {
     const OF_THREADS: [NsKind; 5] = [NsKind::Cgroup, NsKind::Ipc, NsKind::Mnt, NsKind::Net, NsKind::Uts];
 
     /// Those of the tree's root. A kind that the kernel does not have is none.
-    pub(crate) fn of(root: &ProcDir) -> Self {
+    pub(crate) fn of(root: &ProcDir, options: &Options) -> Self {
         let of = |kind| match kind {
             // What children will be in must be what the root itself is in.
             NsKind::PidForChildren => NsKind::Pid,
@@ -54,13 +57,14 @@ impl Home {
             kind => kind,
         };
         let namespaces = NsKind::ALL.into_iter().map(|kind| (kind, root.ns_id(of(kind)).ok())).collect();
-        Self { namespaces, cgroups: root.cgroup().ok() }
+        Self { namespaces, cgroups: root.cgroup().ok(), control_group: options.control_group.clone() }
     }
 
     /// All processes of a restored tree are born in the control groups of its root.
     fn refuse_stray_cgroups(&self, process: &ProcessView) -> Result<(), CaptureError> {
         let Some(home) = &self.cgroups else { return Ok(()) };
-        let away = process.proc.cgroup()?.into_iter().find(|line| !home.contains(line));
+        let lines = process.proc.cgroup()?;
+        let away = lines.into_iter().find(|line| !home.contains(line) && !self.is_containers(line));
         let Some(line) = away else { return Ok(()) };
         let reason = format!(
             "it is in another control group ({}) than the root of the tree",
@@ -68,6 +72,26 @@ impl Home {
         );
         let remedy = "move it into that of the root (cgroup.procs) and try again";
         Err(Refusal::process(process.pid, reason, remedy).into())
+    }
+
+    /// Whether it is a group of the container, or in one.
+    fn is_containers(&self, line: &CgroupLine) -> bool {
+        let Some(mark) = self.control_group.as_ref().map(String::as_bytes) else { return false };
+        let at = line.path.windows(mark.len()).position(|part| part == mark);
+        let behind = at.and_then(|at| line.path.get(at + mark.len()..));
+        behind.is_some_and(|behind| behind.is_empty() || behind.starts_with(b"/"))
+            && !line.path.ends_with(b" (deleted)")
+    }
+
+    /// Whether a thread is in the same control groups as its process: in version 1, and in threaded groups of version 2, it need
+    /// not be.
+    fn refuse_apart(process: &ProcessView, tid: i32, thread: &ProcDir) -> Result<(), CaptureError> {
+        let (Ok(own), Ok(all)) = (thread.cgroup(), process.proc.cgroup()) else { return Ok(()) };
+        let Some(line) = own.iter().find(|line| !all.contains(line)) else { return Ok(()) };
+        let group = String::from_utf8_lossy(&line.path);
+        let reason = format!("its thread {tid} is in another control group ({group}) than the first");
+        Err(Refusal::process(process.pid, reason, "move it into that of its process (tasks, cgroup.threads)")
+            .into())
     }
 
     /// Refuses a process of the tree that is in other namespaces or control groups than the root.
@@ -84,13 +108,14 @@ impl Home {
         Err(Refusal::process(process.pid, reason, REMEDY).into())
     }
 
-    /// Refuses threads that have left the namespaces of the tree.
+    /// Refuses threads that have left the namespaces of the tree, or the control groups of their process.
     pub(crate) fn refuse_stray_threads(&self, process: &ProcessView) -> Result<(), CaptureError> {
         for tid in process.proc.tasks()?.into_iter().filter(|tid| *tid != process.pid) {
             let Ok(thread) = process.proc.task(tid) else { continue };
             let away = self.namespaces.iter().find(|(kind, home)| {
                 Self::OF_THREADS.contains(kind) && thread.ns_id(*kind).is_ok_and(|id| Some(id) != *home)
             });
+            Self::refuse_apart(process, tid, &thread)?;
             if let Some((kind, _)) = away {
                 let reason = format!("its thread {tid} has a namespace of its own ({})", kind.name());
                 return Err(Refusal::process(process.pid, reason, REMEDY).into());
@@ -122,12 +147,12 @@ pub struct NamespaceState {
 }
 
 impl NamespaceState {
-    /// What namespaces the tree with this root has of its own. `supported` says that they can be prepared again. The
+    /// What namespaces the tree with this root has of its own: those of a container can be prepared again. The
     /// content of memory filesystems goes into the sink, and settings of the network have been read already; without
     /// them only the rest is looked at, to see what is refused.
     pub fn capture(
         root: &ProcessView,
-        supported: bool,
+        options: &Options,
         whole: Option<(&mut dyn Sink, Vec<settings::Setting>)>,
     ) -> Result<Self, CaptureError> {
         let (sink, settings) = whole.map_or((None, Vec::new()), |(sink, settings)| (Some(sink), settings));
@@ -142,7 +167,7 @@ impl NamespaceState {
         if own.is_empty() {
             return Ok(Self::default());
         }
-        if !supported || own.iter().any(|kind| kind == "user") {
+        if !options.container || own.iter().any(|kind| kind == "user") {
             let reason = format!("it lives in namespaces of its own ({})", own.join(", "));
             let remedy = "only containers made by `limosa run` can have them yet";
             return Err(Refusal::process(root.pid, reason, remedy).into());
@@ -160,7 +185,7 @@ impl NamespaceState {
             interfaces,
             host_name: Some(Namespace::capture(root)?),
             clocks: Some(Namespace::capture(root)?),
-            mounts: Some(mounts::Mounts::capture(root, sink)?),
+            mounts: Some(mounts::Mounts::capture(root, options.control_group.as_deref(), sink)?),
             ipc,
         })
     }

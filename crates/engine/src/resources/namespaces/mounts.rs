@@ -96,8 +96,12 @@ fn text(bytes: &[u8]) -> String {
 
 impl Mounts {
     /// Captures the mounts of the container whose root process is `root`, and puts the content of its tmpfs into
-    /// `sink`, if there is one.
-    pub fn capture(root: &ProcessView, mut sink: Option<&mut dyn Sink>) -> Result<Self, CaptureError> {
+    /// `sink`, if there is one. `control_group` is what the path of its control group ends with.
+    pub fn capture(
+        root: &ProcessView,
+        control_group: Option<&str>,
+        mut sink: Option<&mut dyn Sink>,
+    ) -> Result<Self, CaptureError> {
         let found = root.proc.mountinfo()?;
         let namespace = namespace::of_process(root.pid, Kind::Mount)?;
         let mut points = HashSet::new();
@@ -112,8 +116,12 @@ impl Mounts {
             if of_shell && mount.point != SHARED_MEMORY {
                 continue;
             }
-            let source = if of_shell { None } else { bind_source(root, &found[..number], mount)? };
-            let plain = source.is_none() && mount.root == b"/";
+            // What is the root of a hierarchy to the container is a group to us.
+            let is_group = mount.fs_type.starts_with(b"cgroup")
+                && control_group.is_some_and(|group| mount.root.ends_with(group.as_bytes()));
+            let is_known = of_shell || is_group;
+            let source = if is_known { None } else { bind_source(root, &found[..number], mount)? };
+            let plain = source.is_none() && (mount.root == b"/" || is_group);
             let is_tmpfs = plain && mount.fs_type == b"tmpfs";
             if source.is_none() && !is_tmpfs && !(plain && FROM_NOTHING.contains(&mount.fs_type.as_slice())) {
                 let (kind, point) = (text(&mount.fs_type), text(&mount.point));
