@@ -159,9 +159,9 @@ fn what_cannot_be_carried_is_said_all_at_once_and_before_anything_is_frozen() {
     use rustix::net::{AddressFamily, SocketFlags, SocketType};
     let Some(scene) = Scene::new() else { return };
     assert_eq!(json(&["check", &scene.target(), "--json"])["possible"], Value::Bool(true));
-    // Two netlink sockets, which no room carries.
+    // Two packet sockets, which no room carries.
     let socket = || {
-        let (family, kind) = (AddressFamily::NETLINK, SocketType::RAW);
+        let (family, kind) = (AddressFamily::PACKET, SocketType::RAW);
         Stdio::from(rustix::net::socket_with(family, kind, SocketFlags::CLOEXEC, None).expect("a socket"))
     };
     let mut holder =
@@ -181,7 +181,7 @@ fn what_cannot_be_carried_is_said_all_at_once_and_before_anything_is_frozen() {
     assert_eq!(numbers, [Some(0), Some(1)], "{report}");
     let message = String::from_utf8(refused.stderr).expect("text");
     assert!(!refused.status.success() && message.contains("2 things"), "{message}");
-    assert_eq!(message.matches("netlink").count(), 2, "{message}");
+    assert_eq!(message.matches("packet socket").count(), 2, "{message}");
     assert!(runs && !PathBuf::from(out).exists());
 }
 
