@@ -40,8 +40,8 @@ impl Person {
         command.args(["--ctty", "--"]).arg(built("limosa")?).arg("--state-dir").arg(&host.state_dir);
         command.args(arguments).env(MARK, mark);
         command.env("TMPDIR", host.state_dir.parent().unwrap_or(&host.state_dir));
-        let limosa = command.stdin(end()?).stdout(end()?).stderr(end()?).spawn()?;
         let former = termios::tcgetattr(&slave)?.local_modes;
+        let limosa = command.stdin(end()?).stdout(end()?).stderr(end()?).spawn()?;
         Ok(Self { master, slave, former, limosa, shown: String::new() })
     }
 
