@@ -95,6 +95,8 @@ pub struct Captured {
     /// Whether the kernel ends and reaps all with the root, which leads a PID namespace.
     own_pid_namespace: bool,
     root: i32,
+    /// Ended when the tree runs again: that takes a moment.
+    witnesses: Witnesses,
     // Dropped last: processes that run reap their twins, and are watched no longer.
     remainder: Remainder,
 }
@@ -111,7 +113,7 @@ pub fn capture(
     // Asking a virtual processor takes a moment.
     let registers = Some(Layout::here());
     let (mut precopy, mode) = store_early(root, sink, options, report)?;
-    let mut beside = Beside { witnesses: Witnesses::new(root), keyrings: keyrings::Found::default() };
+    let mut beside = Beside { witnesses: Witnesses::new(root), keyrings: keyrings::Found::new(root)? };
     let (frozen, listeners) = listeners::freeze(root, options, report)?;
     sink.stage(Stage::Frozen);
     let views = report.phase("look", |_| views(&frozen))?;
@@ -129,7 +131,6 @@ pub fn capture(
     let mut processes = report
         .phase("ask", |_| ask_all(&frozen, &views, (&precopy, &mut spaces), &mut shared, &mut beside))?;
     let Beside { witnesses, keyrings } = beside;
-    drop(witnesses);
     let (descriptions, network, terminals) = report.phase("descriptors", |_| {
         let came_later = listeners.as_ref().is_some_and(|listeners| listeners.were_empty);
         capture_descriptors(&views, &mut processes, sink, &mut spaces, &mut shared, options, came_later)
@@ -177,7 +178,7 @@ pub fn capture(
     remainder.take_mappings(&mut tree.processes);
     remainder.keep(precopy);
     drop(views);
-    Ok(Captured { network, frozen, listeners, own_pid_namespace, root, remainder })
+    Ok(Captured { network, frozen, listeners, own_pid_namespace, root, witnesses, remainder })
 }
 
 /// Stores memory while the tree runs, if that is how it is to be done, and can be; how it is done then.
@@ -220,6 +221,8 @@ impl Captured {
 
     /// Ends the tree, which lives on in the checkpoint.
     pub fn end(self) -> Result<(), CaptureError> {
+        // A PID namespace ends when all in it have been reaped.
+        drop(self.witnesses);
         // Limosa's duplicates keep the sockets open meanwhile, so that no FIN is sent.
         if self.own_pid_namespace {
             self.frozen.end(|_, _| {})?;

@@ -20,6 +20,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
 
 use limosa_kernel::keyring::{self, Keyring};
+use limosa_kernel::proc::{ProcDir, Status};
 use limosa_puppet::{CallId, Data, Outcome, Program};
 use serde::{Deserialize, Serialize};
 
@@ -91,6 +92,12 @@ struct Named {
     text: Data,
 }
 
+/// Those whose keyrings a thread may be in.
+fn users(status: &Status) -> [u32; 5] {
+    let ids = status.uid;
+    [0, ids.real, ids.effective, ids.saved, ids.fs]
+}
+
 /// A keyring that a thread has.
 struct Answered {
     id: i32,
@@ -127,6 +134,18 @@ impl Named {
 }
 
 impl Found {
+    /// For the tree rooted at `root`, which runs: what the root's users may see is read now, so that the freeze is not longer
+    /// for it. A session keyring that gets a name in the moment before the freeze is not found.
+    pub(crate) fn new(root: i32) -> Result<Self, CaptureError> {
+        let mut found = Self::default();
+        for user in users(&ProcDir::open(root)?.status()?) {
+            if let Entry::Vacant(place) = found.visible.entry(user) {
+                place.insert(keyring::visible_to(user)?);
+            }
+        }
+        Ok(found)
+    }
+
     /// Adds the questions to a thread.
     pub(crate) fn ask(&mut self, thread: &ThreadView, program: &mut Program) -> Result<Asked, CaptureError> {
         let own = [(THREAD, "thread"), (PROCESS, "process")].map(|(keyring, whose)| {
@@ -135,8 +154,7 @@ impl Found {
         });
         // Of another user's, a session keyring without a name can still be found.
         let mut names = BTreeSet::from([ANONYMOUS.to_vec()]);
-        let ids = thread.status.uid;
-        for user in [0, ids.real, ids.effective, ids.saved, ids.fs] {
+        for user in users(&thread.status) {
             let visible = match self.visible.entry(user) {
                 Entry::Occupied(visible) => visible.into_mut(),
                 Entry::Vacant(place) => place.insert(keyring::visible_to(user)?),
