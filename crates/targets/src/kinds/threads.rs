@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -30,6 +30,9 @@ impl Progress {
         self.rounds.fetch_add(1, Ordering::Relaxed);
     }
 }
+
+/// How long a thread may take for a round.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 struct Worker {
     name: String,
@@ -61,20 +64,32 @@ pub fn set_up(_: &Setting) -> Result<Box<Verify>> {
         workers.push(start(format!("pipe-{pair}-0"), move |p| pass(there.1, back.0, true, p))?);
         workers.push(start(format!("pipe-{pair}-1"), move |p| pass(back.1, there.0, false, p))?);
     }
-    thread::sleep(Duration::from_millis(50));
+    // Then each has its name, too.
+    await_progress(&workers, &vec![0; workers.len()])?;
     let tasks = tasks()?;
     Ok(Box::new(move || {
         let before: Vec<_> = workers.iter().map(|w| w.progress.rounds.load(Ordering::Relaxed)).collect();
         thread::sleep(Duration::from_millis(150));
-        for (worker, before) in workers.iter().zip(before) {
+        await_progress(&workers, &before)?;
+        for worker in &workers {
             let wrong = worker.progress.wrong.load(Ordering::Relaxed);
             ensure!(wrong == 0, "{} went wrong {wrong} times", worker.name);
-            let rounds = worker.progress.rounds.load(Ordering::Relaxed);
-            ensure!(rounds > before, "{} stands still at {before}", worker.name);
         }
         sys::compare_lines("threads", &self::tasks()?, &tasks)?;
         Ok(format!("threads={}", workers.len()))
     }))
+}
+
+/// Waits until each has done a round more than `before`: on a busy machine that takes a while.
+fn await_progress(workers: &[Worker], before: &[u64]) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    for (worker, before) in workers.iter().zip(before) {
+        while worker.progress.rounds.load(Ordering::Relaxed) <= *before {
+            ensure!(Instant::now() < deadline, "{} stands still at {before}", worker.name);
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+    Ok(())
 }
 
 fn start(name: String, work: impl FnOnce(&Progress) + Send + 'static) -> Result<Worker> {
