@@ -100,6 +100,12 @@ impl Checkpoint {
         Self { manifest, state, sections, index, pages, blobs, watch: Watch::default() }
     }
 
+    /// Whether pages are compared with checksums when they are read. Those of a [`Staging`](crate::Staging) are not: nobody
+    /// but this program could change them.
+    pub fn is_checked(&self) -> bool {
+        self.index.checked
+    }
+
     /// Has `watch` told of everything that is read from now on.
     #[must_use]
     pub fn watched(self, watch: ReadWatch) -> Self {
@@ -197,7 +203,7 @@ impl Checkpoint {
             source,
         })?;
         let number = usize::try_from(extent.first_checksum.saturating_add(chunk)).unwrap_or(usize::MAX);
-        if self.index.checksums.get(number) != Some(&crc32c::crc32c(buffer)) {
+        if self.index.checked && self.index.checksums.get(number) != Some(&crc32c::crc32c(buffer)) {
             return Err(ReadError::Checksum {
                 offset,
                 length: buffer.len() as u64,

@@ -104,6 +104,8 @@ pub(crate) struct Index {
     pub(crate) extents: Vec<Extent>,
     pub(crate) checksums: Vec<u32>,
     pub(crate) pages_length: u64,
+    /// Whether the pages are compared with the checksums, which there are only then.
+    pub(crate) checked: bool,
 }
 
 impl Index {
@@ -168,7 +170,7 @@ impl Index {
             }
             extents.push(extent);
         }
-        let index = Self { extents, checksums, pages_length };
+        let index = Self { extents, checksums, pages_length, checked: true };
         index.check_disjoint()?;
         Ok(index)
     }

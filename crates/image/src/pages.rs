@@ -38,12 +38,28 @@ pub(crate) struct PageStore {
     pieces: BTreeMap<(SpaceId, u64), Piece>,
     /// Chunks (by their piece and number) that were overwritten, so that their checksums are wrong.
     stale: BTreeSet<(SpaceId, u64, u64)>,
+    /// Whether there are checksums at all.
+    checked: bool,
 }
 
 impl PageStore {
     /// An empty store in `file`, which is readable, and is called `path` in errors.
     pub(crate) fn new(file: File, path: PathBuf) -> Self {
-        Self { file, path, length: 0, buffer: Vec::new(), pieces: BTreeMap::new(), stale: BTreeSet::new() }
+        Self {
+            file,
+            path,
+            length: 0,
+            buffer: Vec::new(),
+            pieces: BTreeMap::new(),
+            stale: BTreeSet::new(),
+            checked: true,
+        }
+    }
+
+    /// The same without checksums, for a file that nobody else can change. To compute them anew for a few pages that were
+    /// overwritten takes reading the MiB that each is in.
+    pub(crate) fn unchecked(file: File, path: PathBuf) -> Self {
+        Self { checked: false, ..Self::new(file, path) }
     }
 
     /// Adds whole pages; those that are there already are overwritten in place.
@@ -98,7 +114,7 @@ impl PageStore {
         self.pieces
             .entry((space, continued.unwrap_or(start)))
             .or_insert_with(|| Piece { length: 0, offset, checksums: Vec::new() })
-            .grow(data);
+            .grow(data, self.checked);
         Ok(())
     }
 
@@ -113,6 +129,9 @@ impl PageStore {
         self.flush()?;
         write_at(&self.file, &self.path, offset, data)?;
         let last = (at + data.len() as u64 - 1) / CHUNK;
+        if !self.checked {
+            return Ok(());
+        }
         self.stale.extend((at / CHUNK..=last).map(|chunk| (key.0, key.1, chunk)));
         Ok(())
     }
@@ -147,6 +166,10 @@ impl PageStore {
             return;
         }
         let (key, length) = ((space, start + from), to - from);
+        if !self.checked {
+            self.pieces.insert(key, Piece { length, offset: old.offset + from, checksums: Vec::new() });
+            return;
+        }
         let first = from / CHUNK;
         let count = length.div_ceil(CHUNK);
         let checksums = old.checksums[first as usize..][..count as usize].to_vec();
@@ -209,7 +232,7 @@ impl PageStore {
     pub(crate) fn finish(mut self) -> Result<(File, Index), WriteError> {
         self.flush()?;
         self.refresh()?;
-        let mut index = Index { pages_length: self.length, ..Index::default() };
+        let mut index = Index { pages_length: self.length, checked: self.checked, ..Index::default() };
         index.extents.reserve_exact(self.pieces.len());
         for ((space, start), piece) in self.pieces {
             let first_checksum = index.checksums.len() as u64;
@@ -226,8 +249,12 @@ impl PageStore {
 }
 
 impl Piece {
-    /// Takes `data` into the length and the checksums.
-    fn grow(&mut self, mut data: &[u8]) {
+    /// Takes `data` into the length, and, if it is to be `checked`, into the checksums.
+    fn grow(&mut self, mut data: &[u8], checked: bool) {
+        if !checked {
+            self.length += data.len() as u64;
+            return;
+        }
         while !data.is_empty() {
             let filled = self.length % CHUNK;
             let (now, later) = data.split_at(data.len().min((CHUNK - filled) as usize));

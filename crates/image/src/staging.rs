@@ -29,7 +29,7 @@ pub struct Staging {
 impl Staging {
     /// An empty one.
     pub fn new() -> Result<Self, WriteError> {
-        let pages = PageStore::new(memory_file(PAGES)?, label(PAGES));
+        let pages = PageStore::unchecked(memory_file(PAGES)?, label(PAGES));
         Ok(Self {
             sections: Sections::default(),
             pages,

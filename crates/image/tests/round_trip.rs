@@ -49,7 +49,11 @@ fn through_memory_and_from_there_into_a_directory() {
     writer.commit(staged.manifest().meta.clone()).unwrap();
     let copy = Checkpoint::open(&path).unwrap();
     assert_filled(&copy);
-    assert_eq!(copy.describe(), staged.describe());
+    // In memory there are no checksums: four bytes for each MiB of each of the three extents, one of which is longer.
+    assert!(copy.is_checked() && !staged.is_checked());
+    let mut described = staged.describe();
+    described.bytes += 4 * 4;
+    assert_eq!(copy.describe(), described);
     // The copy has its pages in the order of the index, the original in that of the capture.
     let places = |checkpoint: &Checkpoint| {
         let extents = checkpoint.all_extents().iter();

@@ -5,6 +5,7 @@
 //!   Limosa   checksums of batch 1 ───► checksums of batch 2 ───► …
 //! ```
 //!
+//! (What is staged in memory has no checksums.)
 //! So each page is copied once, from the page cache to where it belongs, and a second processor has the other half of
 //! the work. Nothing that was read runs before all of it has been checked.
 
@@ -170,6 +171,9 @@ struct Checker<'a> {
 
 impl Checker<'_> {
     fn check(&mut self, part: Part) -> Result<(), RestoreError> {
+        if !self.checkpoint.is_checked() {
+            return Ok(());
+        }
         let extent = part.extent;
         let first = (part.start - extent.start) / CHUNK * CHUNK;
         for chunk in (first..part.end - extent.start).step_by(CHUNK as usize) {

@@ -9,7 +9,8 @@ fn extent(space: u32, start: u64, length: u64, offset: u64, first_checksum: u64)
 }
 
 fn index(extents: &[Extent]) -> Index {
-    Index { extents: extents.to_vec(), checksums: vec![0x1234_5678; 4], pages_length: PAGES_LENGTH }
+    let (extents, checksums) = (extents.to_vec(), vec![0x1234_5678; 4]);
+    Index { extents, checksums, pages_length: PAGES_LENGTH, checked: true }
 }
 
 fn refusal(extents: &[Extent]) -> String {
