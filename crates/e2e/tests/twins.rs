@@ -52,3 +52,25 @@ fn memory_that_is_written_at_full_speed_between_rounds() {
 fn memory_that_is_mapped_moved_and_given_back_between_rounds() {
     sandboxed(|sandbox| cycle(sandbox, "precopy", &["churn"]));
 }
+
+/// The tree is stopped twice, to be watched and to be frozen: a call that the first stop has interrupted is restarted by
+/// restart_syscall(2), of which a restore can make nothing. redis died of it, in a wait of its allocator's thread.
+#[test]
+fn calls_that_sleep_through_both_stops_of_a_precopy() {
+    sandboxed(|sandbox| {
+        for options in [&[][..], &["epoll_wait"]] {
+            let target = Target::start(sandbox, "sleeps", options)?;
+            let out = sandbox.path("sleeping");
+            limosa::checkpoint(sandbox, target.root(), &out, Source::GoesOn, &["--mode", "precopy"])?
+                .success("checkpoint")?;
+            target.verify().context("in the source")?;
+            sandbox.end_all()?;
+            limosa::restore(sandbox, &out, &[])?;
+            target.verify().context("after the restore")?;
+            target.quit()?;
+            sandbox.end_all()?;
+            fs::remove_dir_all(&out)?;
+        }
+        Ok(())
+    });
+}

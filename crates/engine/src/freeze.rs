@@ -12,6 +12,7 @@ use limosa_kernel::proc::{ProcDir, Status, TaskState};
 use limosa_kernel::ptrace::{self, WaitStatus};
 
 use crate::error::CaptureError;
+use crate::resources::registers;
 use crate::twin::is_twin;
 
 /// Longest wait for one thread to stop; only one in an uninterruptible sleep takes long.
@@ -106,6 +107,7 @@ impl Frozen {
 
     fn detach_all(&mut self) {
         for tid in self.seized.drain(..) {
+            registers::let_go(tid);
             // A thread that is not stopped or is gone needs no letting go.
             if let Err(error) = ptrace::detach(tid, 0) {
                 tracing::debug!(tid, %error, "detach");

@@ -7,8 +7,13 @@
 //! - `ERESTART_RESTARTBLOCK` (relative sleeps, poll and futex with a timeout) goes by data in the kernel that cannot
 //!   be carried. The call is issued again with its arguments; a relative sleep with what was left of it, which the
 //!   kernel has written to its `rem`.
+//!   Where Limosa has stopped the thread before (pre-copy does, and a freeze that came at the wrong moment), the kernel has put
+//!   restart_syscall(2) in the place of the call: which one it was is remembered ([`let_go`]).
 //! - Some calls never restart and return `EINTR` for any interruption (epoll_wait(2), semtimedop(2), … see signal(7)).
 //!   If no signal is pending, the interruption was the freeze, and the program must not see it.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 
 use limosa_kernel::ptrace::{self, Registers};
 use limosa_puppet::{Outcome, Program};
@@ -20,6 +25,8 @@ use crate::view::ThreadView;
 
 const ERESTARTNOHAND: i64 = -514;
 const ERESTART_RESTARTBLOCK: i64 = -516;
+/// Bytes of the instruction syscall.
+const SYSCALL: u64 = 2;
 
 /// Words of `struct user_regs_struct`.
 const WORDS: usize = 27;
@@ -63,6 +70,38 @@ pub fn hide_interruption(tid: i32) -> Result<(), CaptureError> {
     Ok(())
 }
 
+/// Calls that go by data in the kernel and that Limosa has interrupted, by the thread.
+static INTERRUPTED: Mutex<BTreeMap<i32, Registers>> = Mutex::new(BTreeMap::new());
+
+/// To be called before a stopped thread goes on: what the stop did to a system call is hidden, or remembered for the next stop.
+pub(crate) fn let_go(tid: i32) {
+    let Ok(registers) = ptrace::registers(tid) else { return };
+    if registers.rax as i64 == ERESTART_RESTARTBLOCK && registers.orig_rax as i64 != libc::SYS_restart_syscall {
+        let mut interrupted = INTERRUPTED.lock().unwrap_or_else(PoisonError::into_inner);
+        interrupted.insert(tid, registers);
+    }
+    if let Err(error) = hide_interruption(tid) {
+        tracing::debug!(tid, %error, "an interruption could not be hidden");
+    }
+}
+
+/// Gives a thread that restarts a call by restart_syscall(2), or is just about to, the call itself, if that is known.
+fn recall(tid: i32, registers: &mut Registers) {
+    let interrupted = INTERRUPTED.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(before) = interrupted.get(&tid) else { return };
+    let what = |r: &Registers| (r.rsp, r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9);
+    if what(registers) != what(before) {
+        return;
+    }
+    let restarts = registers.orig_rax as i64 == libc::SYS_restart_syscall && registers.rip == before.rip;
+    let is_about_to = registers.rax as i64 == libc::SYS_restart_syscall && registers.rip == before.rip.wrapping_sub(SYSCALL);
+    if restarts {
+        registers.orig_rax = before.orig_rax;
+    } else if is_about_to {
+        registers.rax = before.orig_rax;
+    }
+}
+
 impl ThreadRegisters {
     /// Where the thread goes on.
     pub fn instruction_pointer(&self) -> u64 {
@@ -84,6 +123,7 @@ impl ThreadAttribute for ThreadRegisters {
 
     fn capture(thread: &ThreadView, (): &(), _: &Outcome) -> Result<Self, CaptureError> {
         let mut registers = ptrace::registers(thread.tid)?;
+        recall(thread.tid, &mut registers);
         if registers.orig_rax as i64 >= 0 && registers.rax as i64 == ERESTART_RESTARTBLOCK {
             registers.rax = ERESTARTNOHAND as u64;
             continue_sleep(&mut registers);
