@@ -63,7 +63,7 @@ impl State {
 }
 
 /// Calls `see` for each value, depth first.
-fn each(value: &Value, see: &mut impl FnMut(&Value)) {
+pub fn each(value: &Value, see: &mut impl FnMut(&Value)) {
     see(value);
     match value {
         Value::Array(items) => items.iter().for_each(|item| each(item, see)),
@@ -74,7 +74,7 @@ fn each(value: &Value, see: &mut impl FnMut(&Value)) {
 }
 
 /// Replaces the value that is `left` places further on; whether it did.
-fn replace(value: &mut Value, left: &mut usize, replacement: &Value) -> bool {
+pub fn replace(value: &mut Value, left: &mut usize, replacement: &Value) -> bool {
     if *left == 0 {
         *value = replacement.clone();
         return true;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use cbor4ii::core::Value;
 use common::{Content, Host, World, short_limits, small_checkpoint};
+use limosa_e2e::hostile::{each, replace};
 use limosa_image::cbor;
 use limosa_migrate::frame::{Header, Kind, PREAMBLE, read_frame, read_preamble};
 use limosa_migrate::message::{Accept, Answer, End, Hello, Layer, Ready, Reason, Refusal, Refuse, encode};
@@ -32,30 +33,6 @@ type Message = (Kind, Vec<u8>);
 /// A busy machine is not taken for a dead peer.
 fn patient() -> Limits {
     Limits { silence: Duration::from_secs(5), stall: Duration::from_secs(5), ..short_limits() }
-}
-
-/// Calls `see` for each value, depth first.
-fn each(value: &Value, see: &mut impl FnMut(&Value)) {
-    see(value);
-    match value {
-        Value::Array(items) => items.iter().for_each(|item| each(item, see)),
-        Value::Map(entries) => entries.iter().for_each(|(_, item)| each(item, see)),
-        _ => {}
-    }
-}
-
-/// Replaces the value that is `left` places further on; whether it did.
-fn replace(value: &mut Value, left: &mut usize, replacement: &Value) -> bool {
-    if *left == 0 {
-        *value = replacement.clone();
-        return true;
-    }
-    *left -= 1;
-    match value {
-        Value::Array(items) => items.iter_mut().any(|item| replace(item, left, replacement)),
-        Value::Map(entries) => entries.iter_mut().any(|(_, item)| replace(item, left, replacement)),
-        _ => false,
-    }
 }
 
 /// What a value should never be.
