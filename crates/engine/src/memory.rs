@@ -9,12 +9,13 @@ use limosa_kernel::memory::{self, ForeignMemory, Range};
 use crate::error::{CaptureError, RestoreError};
 use crate::pieces::{Piece, Pieces};
 use crate::resources::mapping::MappingState;
-use crate::sharing::OwnRuns;
+use crate::sharing::{OwnRuns, Run};
 use crate::state::{Body, Pages};
 
 const PAGE: usize = 4096;
 /// Larger buffers leave the processor's caches and are slower.
 const BUFFER: usize = 256 * 1024;
+static NOTHING: Pieces = Pieces::EMPTY;
 /// Most ranges that are read by one call.
 const MOST_RANGES: usize = 512;
 
@@ -50,81 +51,32 @@ pub fn copy_out(
     sink: &mut dyn Sink,
     way: Way,
 ) -> Result<u64, CaptureError> {
-    let mut foreign = None;
-    let mut copier = Copier { pid, space, sink, buffer: vec![0; BUFFER], ranges: Vec::new(), stored: 0 };
+    let (mut foreign, mut buffer, mut stored) = (None, vec![0; BUFFER], 0);
     for (mapping, runs) in mappings.iter().zip(runs) {
         let readable = mapping.protection & libc::PROT_READ as u32 != 0;
-        let mut skipped_zeros = false;
-        for run in runs {
-            let length = run.length();
-            let skip_zeros = mapping.starts_as_zeros() && !run.again;
-            if skip_zeros != skipped_zeros {
-                copier.flush(skipped_zeros)?;
-                skipped_zeros = skip_zeros;
-            }
-            if readable && !run.shared && way == Way::Direct {
-                copier.add(run.start, length, skip_zeros)?;
-            } else {
-                // process_vm_readv honours the protection, and unshares what it reads; /proc/PID/mem does neither.
-                if foreign.is_none() {
-                    foreign = Some(ForeignMemory::open(pid)?);
+        let direct = |run: &Run| readable && !run.shared && way == Way::Direct;
+        let zeros = |run: &Run| (mapping.starts_as_zeros() && !run.again).then_some(&NOTHING);
+        let alike = |a: &Run, b: &Run| (direct(a), zeros(a).is_some()) == (direct(b), zeros(b).is_some());
+        for runs in runs.chunk_by(alike) {
+            let Some(first) = runs.first() else { continue };
+            for group in groups(runs.iter().map(|run| (run.start, run.end))) {
+                let bytes = &mut buffer[..length(&group)];
+                if direct(first) {
+                    memory::read_ranges(pid, &group, bytes)?;
+                } else {
+                    // process_vm_readv honours the protection, and unshares what it reads; /proc/PID/mem does neither.
+                    let foreign = open(&mut foreign, pid)?;
+                    let mut at = 0;
+                    for range in &group {
+                        let end = at + range.length as usize;
+                        foreign.read(range.start, &mut bytes[at..end])?;
+                        at = end;
+                    }
                 }
-                if let Some(foreign) = &foreign {
-                    copier.copy_protected(foreign, run.start, length, skip_zeros)?;
-                }
-            }
-        }
-        copier.flush(skipped_zeros)?;
-    }
-    Ok(copier.stored)
-}
-
-/// Copies pages of a process that runs, from one mapping, into `sink`; those that it drops meanwhile are left out, and pages
-/// of zeros that have not been `given` before if `skip_zeros`. What is stored is returned.
-pub fn copy_running(
-    (pid, space): (i32, SpaceId),
-    runs: &[(u64, u64)],
-    (readable, skip_zeros): (bool, bool),
-    given: &Pieces,
-    sink: &mut dyn Sink,
-) -> Result<Vec<Piece>, CaptureError> {
-    let mut stored = Vec::new();
-    let mut buffer = vec![0; BUFFER];
-    let foreign = ForeignMemory::open(pid)?;
-    let mut put = |start: u64, bytes: &[u8]| -> Result<(), CaptureError> {
-        let mut begin = 0;
-        let mut flush = |begin: usize, end: usize| -> Result<(), CaptureError> {
-            if begin < end {
-                sink.pages(space, start + begin as u64, &bytes[begin..end])?;
-                stored.push(Piece { space, start: start + begin as u64, end: start + end as u64 });
-            }
-            Ok(())
-        };
-        for (index, page) in bytes.chunks(PAGE).enumerate().filter(|(_, page)| skip_zeros && is_zero(page)) {
-            let at = start + (index * PAGE) as u64;
-            if given.within(space, at, at + PAGE as u64).next().is_none() {
-                flush(begin, index * PAGE)?;
-                begin = index * PAGE + page.len();
-            }
-        }
-        flush(begin, bytes.len())
-    };
-    for group in Groups::of(runs) {
-        let length = group.iter().map(|range| range.length as usize).sum();
-        let bytes = &mut buffer[..length];
-        if readable && memory::read_ranges(pid, &group, bytes).is_ok() {
-            let mut at = 0;
-            for range in &group {
-                put(range.start, &bytes[at..at + range.length as usize])?;
-                at += range.length as usize;
-            }
-            continue;
-        }
-        // Something of it is gone, or not to be read by the process itself.
-        for range in &group {
-            for start in (range.start..range.start + range.length).step_by(PAGE) {
-                if foreign.read(start, &mut bytes[..PAGE]).is_ok() {
-                    put(start, &bytes[..PAGE])?;
+                for (start, bytes) in parts(&group, bytes) {
+                    store(sink, space, start, bytes, zeros(first), &mut |piece| {
+                        stored += piece.end - piece.start;
+                    })?;
                 }
             }
         }
@@ -132,121 +84,109 @@ pub fn copy_running(
     Ok(stored)
 }
 
-/// Ranges that one call reads: as many as fit a buffer, and the kernel takes.
-struct Groups<'a> {
-    runs: std::slice::Iter<'a, (u64, u64)>,
-    rest: Option<(u64, u64)>,
+/// Copies pages of a process that runs, from one mapping, into `sink`; those that it drops meanwhile are left out, and pages
+/// of zeros as [`store`] does it. What is stored is returned.
+pub fn copy_running(
+    (pid, space): (i32, SpaceId),
+    runs: &[(u64, u64)],
+    readable: bool,
+    zeros: Option<&Pieces>,
+    sink: &mut dyn Sink,
+) -> Result<Vec<Piece>, CaptureError> {
+    let mut stored = Vec::new();
+    if runs.is_empty() {
+        return Ok(stored);
+    }
+    let (mut foreign, mut buffer) = (None, vec![0; BUFFER]);
+    let mut note = |piece| stored.push(piece);
+    for group in groups(runs.iter().copied()) {
+        let bytes = &mut buffer[..length(&group)];
+        if readable && memory::read_ranges(pid, &group, bytes).is_ok() {
+            for (start, bytes) in parts(&group, bytes) {
+                store(sink, space, start, bytes, zeros, &mut note)?;
+            }
+            continue;
+        }
+        // Something of it is gone, or not to be read by the process itself.
+        let foreign = open(&mut foreign, pid)?;
+        for range in &group {
+            for start in (range.start..range.start + range.length).step_by(PAGE) {
+                if foreign.read(start, &mut bytes[..PAGE]).is_ok() {
+                    store(sink, space, start, &bytes[..PAGE], zeros, &mut note)?;
+                }
+            }
+        }
+    }
+    Ok(stored)
 }
 
-impl<'a> Groups<'a> {
-    fn of(runs: &'a [(u64, u64)]) -> Self {
-        Self { runs: runs.iter(), rest: None }
+/// The memory of `pid`, opened when it is first needed.
+fn open(foreign: &mut Option<ForeignMemory>, pid: i32) -> Result<&ForeignMemory, CaptureError> {
+    match foreign {
+        Some(foreign) => Ok(foreign),
+        none => Ok(none.insert(ForeignMemory::open(pid)?)),
     }
 }
 
-impl Iterator for Groups<'_> {
-    type Item = Vec<Range>;
-
-    fn next(&mut self) -> Option<Vec<Range>> {
+/// Cuts runs of pages into what is read at once: as much as fits a buffer, in as many ranges as the kernel takes.
+fn groups(mut runs: impl Iterator<Item = (u64, u64)>) -> impl Iterator<Item = Vec<Range>> {
+    let mut rest = None;
+    std::iter::from_fn(move || {
         let (mut group, mut room) = (Vec::new(), BUFFER as u64);
         while room > 0 && group.len() < MOST_RANGES {
-            let Some((start, end)) = self.rest.take().or_else(|| self.runs.next().copied()) else { break };
+            let Some((start, end)) = rest.take().or_else(|| runs.next()) else { break };
             let length = (end - start).min(room);
             group.push(Range { start, length });
             room -= length;
-            self.rest = (start + length < end).then_some((start + length, end));
+            rest = (start + length < end).then_some((start + length, end));
         }
         (!group.is_empty()).then_some(group)
-    }
+    })
 }
 
-/// Gathers runs of pages until the buffer is full, and reads them by one call.
-struct Copier<'a> {
-    pid: i32,
-    space: SpaceId,
-    sink: &'a mut dyn Sink,
-    buffer: Vec<u8>,
-    ranges: Vec<Range>,
-    stored: u64,
+/// Bytes in all ranges.
+fn length(group: &[Range]) -> usize {
+    group.iter().map(|range| range.length as usize).sum()
 }
 
-impl Copier<'_> {
-    fn gathered(&self) -> usize {
-        self.ranges.iter().map(|range| range.length as usize).sum()
-    }
-
-    fn add(&mut self, mut start: u64, mut length: u64, skip_zeros: bool) -> Result<(), CaptureError> {
-        while length > 0 {
-            let room = (self.buffer.len() - self.gathered()) as u64;
-            let part = length.min(room);
-            self.ranges.push(Range { start, length: part });
-            start += part;
-            length -= part;
-            if part == room || self.ranges.len() == MOST_RANGES {
-                self.flush(skip_zeros)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn flush(&mut self, skip_zeros: bool) -> Result<(), CaptureError> {
-        let total = self.gathered();
-        memory::read_ranges(self.pid, &self.ranges, &mut self.buffer[..total])?;
-        let mut at = 0;
-        for range in std::mem::take(&mut self.ranges) {
-            let bytes = &self.buffer[at..at + range.length as usize];
-            self.stored += store(self.sink, self.space, range.start, bytes, skip_zeros)?;
-            at += range.length as usize;
-        }
-        Ok(())
-    }
-
-    fn copy_protected(
-        &mut self,
-        foreign: &ForeignMemory,
-        start: u64,
-        length: u64,
-        skip_zeros: bool,
-    ) -> Result<(), CaptureError> {
-        self.flush(skip_zeros)?;
-        let mut done = 0;
-        while done < length {
-            let part = (length - done).min(self.buffer.len() as u64) as usize;
-            foreign.read(start + done, &mut self.buffer[..part])?;
-            self.stored += store(self.sink, self.space, start + done, &self.buffer[..part], skip_zeros)?;
-            done += part as u64;
-        }
-        Ok(())
-    }
+/// What was read of each range, one after the other.
+fn parts<'a>(group: &'a [Range], mut bytes: &'a [u8]) -> impl Iterator<Item = (u64, &'a [u8])> {
+    group.iter().map(move |range| {
+        let (part, rest) = bytes.split_at(range.length as usize);
+        bytes = rest;
+        (range.start, part)
+    })
 }
 
-/// Stores pages, leaving out pages of zeros if `skip_zeros`. Returns bytes stored.
+/// Stores pages, and gives what was stored to `note`. With `zeros`, pages of zeros are left out that are not among those: they
+/// need not be replaced, because nothing was stored in their places.
 fn store(
     sink: &mut dyn Sink,
     space: SpaceId,
     start: u64,
     bytes: &[u8],
-    skip_zeros: bool,
-) -> Result<u64, CaptureError> {
-    if !skip_zeros {
-        sink.pages(space, start, bytes)?;
-        return Ok(bytes.len() as u64);
-    }
-    let (mut stored, mut begin) = (0, 0);
-    let mut put = |begin: usize, end: usize| -> Result<u64, CaptureError> {
+    zeros: Option<&Pieces>,
+    note: &mut dyn FnMut(Piece),
+) -> Result<(), CaptureError> {
+    let address = |at: usize| start + at as u64;
+    let mut put = |begin: usize, end: usize| -> Result<(), CaptureError> {
         if begin < end {
-            sink.pages(space, start + begin as u64, &bytes[begin..end])?;
+            sink.pages(space, address(begin), &bytes[begin..end])?;
+            note(Piece { space, start: address(begin), end: address(end) });
         }
-        Ok((end - begin) as u64)
+        Ok(())
     };
-    for (index, page) in bytes.chunks(PAGE).enumerate() {
-        if is_zero(page) {
-            stored += put(begin, index * PAGE)?;
-            begin = (index + 1) * PAGE;
+    let mut begin = 0;
+    if let Some(replaced) = zeros {
+        for (at, page) in (0..).step_by(PAGE).zip(bytes.chunks(PAGE)).filter(|(_, page)| is_zero(page)) {
+            let end = at + page.len();
+            if replaced.within(space, address(at), address(end)).next().is_none() {
+                put(begin, at)?;
+                begin = end;
+            }
         }
     }
-    stored += put(begin.min(bytes.len()), bytes.len())?;
-    Ok(stored)
+    put(begin, bytes.len())
 }
 
 /// Whether all bytes are zero; most pages that are not differ in their first words.

@@ -138,7 +138,7 @@ impl Precopy {
         let frozen = Frozen::stop(root)?;
         for process in frozen.processes.iter().filter(|process| !process.threads.is_empty()) {
             let start_time = process.proc.stat()?.start_time;
-            let known = |one: &Watched| one.pid == process.pid && one.start_time == start_time;
+            let known = |one: &Watched| one.is(process.pid, start_time);
             let at = match self.watched.iter().position(known) {
                 Some(at) => at,
                 None => {
@@ -156,11 +156,10 @@ impl Precopy {
         let filter =
             Filter { none_of: Filter::OWN_DATA.none_of.union(Categories::WP_ALLOWED), ..Filter::OWN_DATA };
         let mut bytes = 0;
-        for Member { pid, proc, .. } in preflight::members(root)? {
+        for Member { proc, .. } in preflight::members(root)? {
             let mut runs = Vec::new();
             let scanned = PagemapScanner::open(&proc).and_then(|mut it| it.scan(ALL, &filter, &mut runs));
             unless_gone(scanned.map_err(Into::into), ())?;
-            tracing::trace!(pid, ?runs, "unwatched");
             bytes += runs.iter().map(PageRun::len).sum::<u64>();
         }
         Ok(bytes)
@@ -168,9 +167,18 @@ impl Precopy {
 
     fn round(&mut self, sink: &mut dyn Sink) -> Result<Round, CaptureError> {
         let (begun, mut round) = (Instant::now(), Round::default());
+        let mut gone = Vec::new();
         for watched in &mut self.watched {
-            round.bytes += unless_gone(watched.round(sink), 0)?;
+            match unless_gone(watched.round(sink).map(Some), None)? {
+                Some(bytes) => round.bytes += bytes,
+                None => gone.push(watched.space),
+            }
         }
+        // It is not known how much of them was stored before they ended, or their first threads did.
+        for space in &gone {
+            sink.forget(*space, ALL.start, ALL.end)?;
+        }
+        self.watched.retain(|watched| !gone.contains(&watched.space));
         round.duration_us = begun.elapsed().as_micros() as u64;
         for watched in &self.watched {
             round.left += unless_gone(watched.left(), 0)?;
@@ -180,11 +188,8 @@ impl Precopy {
 
     /// The space that the pages of a process are in, if any are.
     pub(crate) fn space_of(&self, view: &ProcessView) -> Option<SpaceId> {
-        self.find(view).map(|watched| watched.space)
-    }
-
-    fn find(&self, view: &ProcessView) -> Option<&Watched> {
-        self.watched.iter().find(|one| one.pid == view.pid && one.start_time == view.stat.start_time)
+        let it = self.watched.iter().find(|one| one.is(view.pid, view.stat.start_time));
+        it.map(|watched| watched.space)
     }
 
     /// Where the spaces of everything else come from.
@@ -202,8 +207,7 @@ impl Precopy {
     ) -> Result<(), CaptureError> {
         for watched in &mut self.watched {
             let alive = |life: &Life| matches!(life, Life::Alive(_));
-            let is_it =
-                |view: &ProcessView| view.pid == watched.pid && view.stat.start_time == watched.start_time;
+            let is_it = |view: &ProcessView| watched.is(view.pid, view.stat.start_time);
             let place = views.iter().position(is_it).filter(|at| alive(&processes[*at].life));
             let gone = match place {
                 Some(at) => watched.settle(&views[at], &mut runs[at])?,
@@ -267,10 +271,15 @@ impl Watched {
         })
     }
 
+    /// Whether this is it: numbers are used again.
+    fn is(&self, pid: i32, start_time: u64) -> bool {
+        self.pid == pid && self.start_time == start_time
+    }
+
     /// The process, if it is still the same.
     fn open(&self) -> Result<ProcDir, CaptureError> {
         let proc = ProcDir::open(self.pid)?;
-        if proc.stat()?.start_time == self.start_time {
+        if self.is(self.pid, proc.stat()?.start_time) {
             Ok(proc)
         } else {
             Err(CaptureError::Ended { pid: self.pid })
@@ -303,14 +312,9 @@ impl Watched {
             for run in &written {
                 runs.extend(alone(&scanner, run)?);
             }
-            let skip_zeros = mapping.inode == 0;
-            copied.extend(memory::copy_running(
-                (self.pid, self.space),
-                &runs,
-                (mapping.prot.contains(Prot::READ), skip_zeros),
-                &self.given,
-                sink,
-            )?);
+            let zeros = (mapping.inode == 0).then_some(&self.given);
+            let readable = mapping.prot.contains(Prot::READ);
+            copied.extend(memory::copy_running((self.pid, self.space), &runs, readable, zeros, sink)?);
         }
         let stored = copied.iter().map(|piece| piece.end - piece.start).sum();
         let copied: Pieces = copied.into_iter().collect();
